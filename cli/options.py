@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Options that several commands share, each written once."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from pss_param.smoothing import EDGES, SHAPES, WHOLE_MATRIX_SHAPES
+from pss_param.targets import PRESETS
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+checkpoint = click.argument("ckpt", type=click.Path())
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+output = click.option("-o", "--output", type=click.Path(), help="Where to write. [default: beside CKPT]")
+force = click.option("--force", is_flag=True, help="Replace an existing output.")
+
+
+def _set_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        torch.set_num_threads(value)
+
+
+_SELECTION = (
+    click.option(
+        "--targets", type=click.Choice(sorted(PRESETS)), default="linear", show_default=True,
+        help="Which weights: linear is every matrix inside the blocks.",
+    ),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Take matching names too; repeatable."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these alone; repeatable."),
+    click.option("--per-head", is_flag=True, help="Treat each attention head as a matrix of its own."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--threads", type=click.IntRange(min=1), callback=_set_threads, expose_value=False,
+        help="CPU threads; 1 is often fastest on a busy machine. [default: torch decides]",
+    ),
+)  # fmt: skip
+
+_SMOOTHING = (
+    click.option(
+        "--smoothing", type=click.Choice([*SHAPES, *WHOLE_MATRIX_SHAPES]), default="clip", show_default=True,
+        help="How dominant singular values come down.",
+    ),
+    click.option(
+        "--edge", type=click.Choice(list(EDGES)), default="bulk", show_default=True,
+        help="The level they come down to.",
+    ),
+    click.option("--rank", type=click.IntRange(min=1), help="How many, for --edge dominant."),
+    click.option(
+        "--init-std", type=click.FloatRange(min=0, min_open=True),
+        help="Standard deviation of a fresh weight, for --edge init.",
+    ),
+    click.option(
+        "--reference", type=click.Path(), metavar="GOOD", help="A healthy checkpoint, for --edge reference.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the random start."),
+)  # fmt: skip
+
+
+def selection(function: _F) -> _F:
+    r"""Add the options that choose tensors and the machine's resources.
+
+    Args:
+        function: a command's function.
+
+    Returns:
+        The same function.
+    """
+    return _stacked(_SELECTION, function)
+
+
+def smoothing(function: _F) -> _F:
+    r"""Add the options that say what is done to a tensor.
+
+    Args:
+        function: a command's function.
+
+    Returns:
+        The same function.
+    """
+    return _stacked(_SMOOTHING, function)
+
+
+def _stacked(options: tuple[Callable[[_F], _F], ...], function: _F) -> _F:
+    for option in reversed(options):
+        function = option(function)
+    return function

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""``pss-repair CKPT``."""
+
+from typing import Any
+
+import click
+
+from pss_param.options import RepairOptions
+from pss_param.repair import repair_checkpoint
+from pss_param.report import Report, TensorReport, report_path
+
+from . import options
+from .console import add, progress_bar, say, stdout, table
+
+
+@click.command(hidden=True)
+@options.checkpoint
+@options.output
+@options.force
+@click.option("--dry-run", is_flag=True, help="Compute and report, write nothing.")
+@options.as_json
+@options.smoothing
+@options.selection
+def repair(ckpt: str, output: str | None, force: bool, dry_run: bool, as_json: bool, **choices: Any) -> None:
+    """Write a repaired copy of the checkpoint CKPT, and a report beside it."""
+    with progress_bar("reading") as progress:
+        report = repair_checkpoint(
+            ckpt, output, RepairOptions(**choices), force=force, dry_run=dry_run, progress=progress
+        )
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        _show(report)
+    _close(report)
+
+
+def _show(report: Report) -> None:
+    numbers = ("stable rank", "spectral norm", "k", "change")
+    rows = table("tensor", "role", "shape", *numbers, "note", numbers=numbers)
+    for tensor in report.tensors:
+        add(rows, *_cells(tensor), style="" if tensor.changed else "dim")
+    stdout().print(rows)
+
+
+def _cells(tensor: TensorReport) -> tuple[str, ...]:
+    worst = tensor.worst
+    several = f" (worst of {len(tensor.matrices)}: {worst.part})" if len(tensor.matrices) > 1 else ""
+    return (
+        tensor.name + several,
+        tensor.role,
+        "x".join(map(str, tensor.shape)),
+        "{:.2f} > {:.2f}".format(*worst.stable_rank),
+        "{:.3g} > {:.3g}".format(*worst.spectral_norm),
+        str(worst.k),
+        f"{tensor.relative_change:.1%}",
+        worst.note or ("" if worst.converged else f"residual {worst.residual:.1e}"),
+    )
+
+
+def _close(report: Report) -> None:
+    count = f"{len(report.changed)} of {len(report.tensors)} targets changed"
+    others = f"{len(report.skipped)} other tensors untouched"
+    if report.output is None:
+        say(f"dry run: {count}, {others}; nothing was written ({report.seconds:.1f} s)")
+        return
+    from pathlib import Path
+
+    say(f"{count}, {others} ({report.seconds:.1f} s)")
+    say(f"wrote {report.output} and {report_path(Path(report.output)).name}")

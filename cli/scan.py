@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""``pss-repair scan CKPT``."""
+
+from typing import Any
+
+import click
+
+from pss_param.options import RepairOptions
+from pss_param.scan import ScanReport, ScanRow, scan_checkpoint
+
+from . import options
+from .console import add, progress_bar, say, stdout, table
+
+DAMAGE_FOUND = 3
+
+
+@click.command(short_help="Look for damage; exit with 3 if there is any.")
+@options.checkpoint
+@click.option("--skipped", is_flag=True, help="List the tensors that are no targets, with the reasons.")
+@options.as_json
+@options.selection
+def scan(ckpt: str, skipped: bool, as_json: bool, **choices: Any) -> None:
+    """Show stable rank and spectral norm of every target, and what stands out.
+
+    Damage is: NaN or infinity; a median stable rank below 3; or a matrix that has at most half the stable
+    rank and at least twice the spectral norm of its peers in other layers, both by far more than they differ
+    among themselves. A low stable rank alone is no damage. Exits with 3 if there is damage, 0 if there is
+    none.
+    """
+    with progress_bar("reading") as progress:
+        report = scan_checkpoint(ckpt, RepairOptions(**choices), progress=progress)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        _show(report, skipped)
+    _close(report)
+    click.get_current_context().exit(DAMAGE_FOUND if report.damaged else 0)
+
+
+def _show(report: ScanReport, skipped: bool) -> None:
+    rows = table("tensor", "role", "shape", "SR", "S[0]", "stands out", numbers=("SR", "S[0]"))
+    for row in report.rows:
+        add(rows, *_cells(row), style="bold red" if row.damaged else "")
+    for name, count in report.nonfinite.items():
+        add(rows, name, "", "", "", "", f"{count} values are NaN or infinite", style="bold red")
+    stdout().print(rows)
+    if skipped and report.skipped:
+        others = table("not scanned", "reason")
+        for name, reason in report.skipped.items():
+            add(others, name, reason)
+        stdout().print()
+        stdout().print(others)
+
+
+def _cells(row: ScanRow) -> tuple[str, ...]:
+    name = f"{row.name} {row.part}".rstrip()
+    return (
+        name,
+        row.role,
+        "x".join(map(str, row.shape)),
+        f"{row.stable_rank:.2f}",
+        f"{row.spectral_norm:.3g}",
+        row.note,
+    )
+
+
+def _close(report: ScanReport) -> None:
+    level = report.median_stable_rank
+    middle = "" if level is None else f", median stable rank {level:.2f}"
+    say(f"{len(report.rows)} matrices{middle}, {len(report.skipped)} other tensors not scanned")
+    for finding in report.findings:
+        say(f"damage: {finding}")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Attaching: choose the weights, put views over them, and hand out the guard."""
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from pss_param.detector import Detector, GradientNormRatio
+from pss_param.errors import ArgumentError, StateError
+from pss_param.guard import Guard, detach
+from pss_param.policy import GuardPolicy
+from pss_param.slot import Slot, occupied_slots
+from pss_param.smoothing import Smoothing
+from pss_param.targets import Target, TargetRules, select_parameters
+from pss_param.view import SmoothingView
+
+__all__ = ["attach"]
+
+_log = logging.getLogger("pss_param")
+
+
+def attach(
+    model: nn.Module,
+    targets: str | TargetRules = "linear",
+    smoothing: str | Smoothing | Callable[[Tensor, Tensor], Tensor] = "clip",
+    edge: str | None = None,
+    detector: Detector | None = None,
+    policy: GuardPolicy | None = None,
+) -> Guard:
+    r"""Guard a model: put views over its weights and return the guard that opens them.
+
+    The model stays what it is: parameters keep identity, order, names and bits, and its checkpoints are plain.
+
+    Args:
+        model: The model, before or after its optimizer was made.
+        targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
+        smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
+        edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
+        detector: None for :class:`GradientNormRatio` with its defaults.
+        policy: None for :class:`GuardPolicy` with its defaults.
+
+    Returns:
+        The guard.
+
+    Raises:
+        ArgumentError: If nothing is selected, or a selected weight cannot take a view.
+        StateError: If the model is guarded already.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> guard = attach(model, targets="all")
+        >>> model(torch.ones(2, 8)).sum().backward()
+        >>> event = guard.step()
+        >>> event.triggered, event.skip
+        (False, False)
+        >>> guard.detach()
+    """
+    model = _unwrapped(model)
+    if any(True for _ in occupied_slots(model)):
+        raise StateError("the model is guarded already; call detach() on its guard or pss_param.detach(model)")
+    chosen = _smoothing_of(smoothing, edge)
+    policy = GuardPolicy() if policy is None else policy
+    rules = targets if isinstance(targets, TargetRules) else TargetRules(preset=targets)
+    found = _find_slots(model, rules)
+    slots: dict[str, list[Slot]] = {}
+    try:
+        for target, holders in found:
+            view = SmoothingView(
+                _with_std(chosen, target),
+                matricization=target.matricization,
+                label=target.name,
+                seed=policy.seed,
+            )
+            slots[target.name] = []
+            for slot in holders:
+                slot.put(view)
+                slots[target.name].append(slot)
+    except (ArgumentError, StateError):
+        detach(model)
+        raise
+    return Guard(model, slots, GradientNormRatio() if detector is None else detector, policy)
+
+
+def _find_slots(model: nn.Module, rules: TargetRules) -> list[tuple[Target, list[Slot]]]:
+    selection = select_parameters(model, rules)
+    for skipped in selection.skipped:
+        _log.info("%s is not smoothed: %s", skipped.name, skipped.reason)
+    found = []
+    taken: set[int] = set()
+    for target in selection.targets:
+        slot = _slot_named(model, target.name)
+        reason = _unfit(slot)
+        if reason:
+            _log.info("%s is not smoothed: %s", target.name, reason)
+        elif id(slot.weight) not in taken:
+            taken.add(id(slot.weight))
+            found.append((target, _holders(model, slot.weight)))
+    if not found:
+        raise ArgumentError(
+            f"preset {rules.preset!r} selects no weight of {type(model).__name__}; "
+            "try targets='all' or TargetRules(include=(...,))"
+        )
+    return found
+
+
+def _slot_named(model: nn.Module, name: str) -> Slot:
+    path, _, leaf = name.rpartition(".")
+    return Slot(model.get_submodule(path), leaf)
+
+
+def _unfit(slot: Slot) -> str:
+    if isinstance(slot.module, nn.RNNBase):
+        return "recurrent layers read their weights from a list of their own, past any view"
+    if not slot.weight.requires_grad:
+        return "it is frozen"
+    return ""
+
+
+def _holders(model: nn.Module, weight: Tensor) -> list[Slot]:
+    return [
+        Slot(module, name)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is weight
+    ]
+
+
+def _smoothing_of(smoothing: object, edge: str | None) -> Smoothing:
+    if isinstance(smoothing, Smoothing):
+        if edge is not None:
+            raise ArgumentError("edge is part of Smoothing; pass attach(smoothing=Smoothing(edge=...)) alone")
+        return smoothing
+    return Smoothing(shape=smoothing, edge="dominant" if edge is None else edge)  # type: ignore[arg-type]
+
+
+def _with_std(smoothing: Smoothing, target: Target) -> Smoothing:
+    if smoothing.init_std is not None or target.init_std is None:
+        return smoothing
+    return Smoothing(**{**vars(smoothing), "init_std": target.init_std})
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    # Names must not depend on the wrapper, or a guard's state would fit only the same wrapping.
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        return _unwrapped(compiled)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    return model

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What every checkpoint format looks like from outside: named tensors at known bytes of known files.
+
+A format is one subclass of :class:`Layout` that fills in four facts: the ``files`` (all of them, also those
+that hold no weight), the ``tensors`` with their byte positions, the ``config`` and, where bytes are protected
+by check sums, how to ``mend`` them. Reading and patching follow from the positions and are the same for all
+formats. Whatever is not a tensor is opaque and is copied as it is.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pss_param.errors import CheckpointError
+
+from .transfer import BLOCK, read_exact, tensor_bytes, tensor_from, write_all
+
+_L = TypeVar("_L", bound="Layout")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    r"""A rectangular piece of a tensor that lies in one file.
+
+    Args:
+        file: name of the file, relative to the checkpoint's root.
+        offset: byte position in that file of the piece's first element.
+        origin: index in the tensor of the piece's first element.
+        shape: extent of the piece.
+        strides: in elements, as :meth:`torch.Tensor.stride`; non-negative.
+    """
+
+    file: str
+    offset: int
+    origin: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        r"""Where the piece sits in its tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.origin, self.shape, strict=True))
+
+    @property
+    def span(self) -> int:
+        r"""Elements from the first to the last one, both included, gaps counted; 0 for an empty piece."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+
+    @property
+    def contiguous(self) -> bool:
+        r"""Whether the piece fills its span in row-major order."""
+        return all(
+            size < 2 or step == dense
+            for size, step, dense in zip(self.shape, self.strides, dense_strides(self.shape), strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    r"""One named tensor of a checkpoint.
+
+    Args:
+        name: the key it is stored under.
+        dtype: its type in torch, or None where torch has none (4- and 6-bit floats).
+        dtype_name: its type in the words of the format.
+        shape: its logical shape.
+        chunks: the pieces that make it up; they cover it once.
+        storage: equal for two names that share the same bytes (tied weights), different otherwise.
+    """
+
+    name: str
+    dtype: torch.dtype | None
+    dtype_name: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    storage: Hashable
+
+    @property
+    def floating(self) -> bool:
+        r"""Whether it holds floating-point numbers that torch can read."""
+        return self.dtype is not None and self.dtype.is_floating_point
+
+    @property
+    def nbytes(self) -> int:
+        r"""Bytes of its elements, gaps not counted; 0 where torch has no such type."""
+        return 0 if self.dtype is None else self.dtype.itemsize * _product(self.shape)
+
+
+class Layout(ABC):
+    r"""A checkpoint opened for reading; a context manager that holds its files open.
+
+    Attributes:
+        format: short name for reports, such as ``"safetensors"``.
+        path: what the user named.
+        files: every file by its relative name.
+        tensors: every tensor by its key, in the order of the checkpoint.
+        config: the model's ``config.json``, if there is one.
+    """
+
+    format: str
+
+    def __init__(self, path: Path, files: Mapping[str, Path]) -> None:
+        r"""Open all files.
+
+        Args:
+            path: what the user named.
+            files: every file by its relative name.
+        """
+        self.path = path
+        self.files = dict(files)
+        self.config: Mapping[str, Any] | None = None
+        self._open: dict[str, tuple[int, os.stat_result]] = {}
+        self.tensors: Mapping[str, StoredTensor] = {}
+
+    @abstractmethod
+    def _parse(self) -> Mapping[str, StoredTensor]:
+        r"""Find the tensors; called once, on entry, when :meth:`fd` works."""
+
+    def mend(  # ruff: ignore[empty-method-without-abstract-decorator] - a format without check sums has nothing to do
+        self, file: str, fd: int, patched: Sequence[tuple[int, int]]
+    ) -> None:
+        r"""Bring check sums of a copied and patched file up to date; formats without any do nothing.
+
+        Args:
+            file: relative name of the file.
+            fd: the copy, open for reading and writing.
+            patched: ``(offset, count)`` of every patch, in bytes.
+        """
+
+    def fd(self, file: str) -> int:
+        r"""The open source file of that name.
+
+        Args:
+            file: relative name.
+
+        Returns:
+            A file descriptor that stays owned by the layout.
+        """
+        if file not in self._open:
+            handle = os.open(self.files[file], os.O_RDONLY | os.O_CLOEXEC)
+            self._open[file] = handle, os.fstat(handle)
+        return self._open[file][0]
+
+    def stat(self, file: str) -> os.stat_result:
+        r"""What the source file was when it was opened.
+
+        Args:
+            file: relative name.
+
+        Returns:
+            Size, mode and times.
+        """
+        self.fd(file)
+        return self._open[file][1]
+
+    def read(self, name: str) -> Tensor:
+        r"""Read one tensor.
+
+        Args:
+            name: its key.
+
+        Returns:
+            A fresh contiguous CPU tensor of the stored dtype and shape.
+        """
+        stored = self.tensors[name]
+        first = stored.chunks[0]
+        if first.contiguous and first.shape == stored.shape:
+            return _load(self.fd(first.file), first, self.dtype(name)).view(stored.shape)
+        whole = torch.empty(stored.shape, dtype=self.dtype(name))
+        for chunk in stored.chunks:
+            piece = _load(self.fd(chunk.file), chunk, whole.dtype)
+            whole[chunk.slices] = piece.as_strided(chunk.shape, chunk.strides)
+        return whole
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        r"""Go through a tensor's stored elements in small flat pieces, for checks that need no shape.
+
+        Args:
+            name: its key.
+
+        Yields:
+            Tensor: one-dimensional pieces; elements in the gaps of a strided tensor are not among them.
+        """
+        dtype = self.dtype(name)
+        for chunk in self.tensors[name].chunks:
+            if not chunk.contiguous:
+                yield (_load(self.fd(chunk.file), chunk, dtype).as_strided(chunk.shape, chunk.strides).flatten())
+                continue
+            end = chunk.offset + chunk.span * dtype.itemsize
+            for offset in range(chunk.offset, end, BLOCK):
+                yield tensor_from(read_exact(self.fd(chunk.file), offset, min(BLOCK, end - offset)), dtype)
+
+    def dtype(self, name: str) -> torch.dtype:
+        r"""The torch type of a tensor.
+
+        Args:
+            name: its key.
+
+        Returns:
+            The type.
+
+        Raises:
+            CheckpointError: torch has no such type.
+        """
+        stored = self.tensors[name]
+        if stored.dtype is None:
+            raise CheckpointError(
+                f"{self.path}: {name} has dtype {stored.dtype_name}, which torch cannot read; exclude it"
+            )
+        return stored.dtype
+
+    def check_unchanged(self) -> None:
+        r"""Make sure that nobody wrote to the source meanwhile.
+
+        Raises:
+            CheckpointError: a file differs in size or time from when it was opened.
+        """
+        for file, (handle, before) in self._open.items():
+            now = os.fstat(handle)
+            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise CheckpointError(
+                    f"{self.files[file]} changed while it was being read; "
+                    "wait until the training run has finished writing it and repeat the command"
+                )
+
+    def close(self) -> None:
+        r"""Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def __enter__(self: _L) -> _L:
+        r"""Find the tensors.
+
+        Returns:
+            The layout itself.
+        """
+        try:
+            self.tensors = self._parse()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        r"""Close all files."""
+        self.close()
+
+
+def store(fd: int, chunk: Chunk, value: Tensor) -> tuple[int, int]:
+    r"""Write a tensor's values over one of its chunks.
+
+    Args:
+        fd: the copy, open for reading and writing.
+        chunk: where.
+        value: the whole tensor, on the CPU, in the stored dtype.
+
+    Returns:
+        ``(offset, count)`` of the bytes that were written.
+    """
+    piece = value[chunk.slices]
+    if chunk.contiguous:
+        data = piece.contiguous()
+    else:
+        # The gaps belong to other tensors of the same storage: take them from the copy, where those may be
+        # patched.
+        data = _load(fd, chunk, value.dtype)
+        data.as_strided(chunk.shape, chunk.strides).copy_(piece)
+    write_all(fd, chunk.offset, tensor_bytes(data))
+    return chunk.offset, data.nbytes
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    r"""Strides of a contiguous row-major tensor.
+
+    Args:
+        shape: its shape.
+
+    Returns:
+        In elements.
+
+    Example:
+        >>> dense_strides((2, 3, 4))
+        (12, 4, 1)
+    """
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _load(fd: int, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    return tensor_from(read_exact(fd, chunk.offset, chunk.span * dtype.itemsize), dtype)
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""From a path to an open :class:`Layout`: by content, never by file name alone."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pss_param.errors import CheckpointError
+
+from .layout import Layout
+from .safetensors import SafetensorsLayout
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Layout:
+    r"""Recognise a checkpoint.
+
+    Args:
+        path: a ``.safetensors`` file.
+
+    Returns:
+        A layout; enter it as a context manager to read.
+
+    Raises:
+        CheckpointError: nothing is there, or it is of no known format.
+
+    Example:
+        >>> try:
+        ...     open_checkpoint("no/such/file.safetensors")
+        ... except CheckpointError as error:
+        ...     print(error)
+        no/such/file.safetensors does not exist
+    """
+    where = Path(path)
+    if not where.exists():
+        raise CheckpointError(f"{where} does not exist")
+    if where.is_dir():
+        raise CheckpointError(f"{where} is a folder; name one .safetensors file in it")
+    if not where.is_file():
+        raise CheckpointError(f"{where} is no regular file; copy the checkpoint to a disk first")
+    _refuse_known(where)
+    layout = SafetensorsLayout(where)
+    layout.config = read_config(where.parent)
+    return layout
+
+
+def _refuse_known(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path} is a torch zip file; only .safetensors files can be read so far")
+    # A safetensors header is under 100 MB, so its length has zeros where a pickle has its first opcodes.
+    if start.startswith(b"\x80") and start[4:8].strip(b"\0"):
+        raise CheckpointError(f"{path} is a pickle, which can run code when it is read; save it again with safetensors")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    r"""The model's ``config.json`` beside its weights.
+
+    Args:
+        folder: where the weights lie.
+
+    Returns:
+        Its content, or None where there is no such file.
+
+    Raises:
+        CheckpointError: it is there but is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON ({str(error)[:100]}); mend it or move it away") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object; mend it or move it away")
+    return content

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Gradients of a model as a guard needs them: their norm, scaling them, dropping them."""
+
+import torch
+from torch import Tensor, nn
+
+from pss_param.errors import StateError
+
+__all__ = ["drop_gradients", "gradient_norm", "scale_gradients"]
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    r"""Global 2-norm of all gradients, as :func:`torch.nn.utils.clip_grad_norm_` reports it.
+
+    Args:
+        model: The model whose parameters hold gradients.
+
+    Returns:
+        A scalar on the gradients' device.
+
+    Raises:
+        StateError: If no parameter has a gradient.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer(torch.tensor([3.0, 4.0])).backward()
+        >>> float(gradient_norm(layer))
+        5.0
+    """
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not grads:
+        raise StateError(
+            "no parameter has a gradient; call guard.step() after backward() and before zero_grad(), "
+            "or pass guard.step(grad_norm=...)"
+        )
+    return torch.nn.utils.get_total_norm(grads)
+
+
+@torch.no_grad()
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    r"""Multiply all gradients in place.
+
+    Args:
+        model: The model whose parameters hold gradients.
+        factor: The multiplier.
+    """
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def drop_gradients(model: nn.Module) -> None:
+    r"""Set all gradients to None, so that an optimizer's step changes neither weights nor moments.
+
+    Args:
+        model: The model whose parameters hold gradients.
+    """
+    for parameter in model.parameters():
+        parameter.grad = None

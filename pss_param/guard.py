@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The guard: one detector, the views of one model, and their life together.
+
+# Note [One step of the guard]
+``step()`` comes after the backward pass and before the optimizer's step. It first folds what the last trigger
+left open: the forward pass has seen the smoothed weights, now they become the stored ones. Then it judges the
+new gradient and, if the detector fires, opens gates. No linear algebra runs here, except under ``torch.compile``.
+
+# Note [Resuming bit by bit]
+While a gate is open the model's ``state_dict`` has the smoothed values, with the bits that the fold will store.
+So a checkpoint never holds an open gate, and the guard's state needs only counters and statistics: the resumed
+run starts with folded weights, which is what the next forward pass of the saved run would have seen.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pss_param.compiled import anything_compiled
+from pss_param.detector import Detector, Verdict
+from pss_param.errors import ArgumentError, NonFiniteError, StateError
+from pss_param.event import Event
+from pss_param.gradients import drop_gradients, gradient_norm, scale_gradients
+from pss_param.policy import GuardPolicy
+from pss_param.slot import Slot, occupied_slots
+from pss_param.view import SmoothingView, refuse_inside_backward
+
+__all__ = ["Guard", "detach"]
+
+_log = logging.getLogger("pss_param")
+_COUNTERS = ("steps", "triggers", "nonfinite", "resting")
+
+
+class Guard:
+    r"""Detector, views and life cycle of one model; made by :func:`pss_param.attach`.
+
+    As a context manager it detaches at the end.
+
+    Attributes:
+        model: The guarded model.
+        detector: Decides when and what to smooth.
+        policy: What happens besides smoothing.
+        views: The views by weight name.
+        steps: Steps taken.
+        triggers: Steps at which gates were opened.
+        nonfinite: Non-finite gradient norms in a row, up to now.
+        resting: Steps left in which triggers are held back.
+    """
+
+    def __init__(
+        self, model: nn.Module, slots: Mapping[str, list[Slot]], detector: Detector, policy: GuardPolicy
+    ) -> None:
+        self.model, self.detector, self.policy = model, detector, policy
+        self._slots = dict(slots)
+        self.views: dict[str, SmoothingView] = {}
+        for name, holders in self._slots.items():
+            self.views[name] = _view_at(holders[0])
+        self.steps = self.triggers = self.nonfinite = self.resting = 0
+        self._attached = True
+        self._previewing = False
+        self._warned = False
+        self._padded_rank = 8
+        detector.bind(self._matrices)
+
+    @property
+    def is_open(self) -> bool:
+        r"""Whether any gate is open, that is whether a smoothing waits to be folded."""
+        return any(view.is_open for view in self.views.values())
+
+    def step(self, grad_norm: float | Tensor | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> Event:
+        r"""Fold what is open, judge the new gradient, and open gates if the detector fires.
+
+        Call it after ``backward()`` and before ``optimizer.step()``; with gradient accumulation once per
+        optimizer step, with a gradient scaler after ``scaler.unscale_(optimizer)``.
+
+        Args:
+            grad_norm: Global norm of the unscaled gradient *before* clipping, such as ``clip_grad_norm_`` returns
+                it; None computes it from the gradients. Pass it if you have it, it saves a pass over them.
+            optimizer: The optimizer, needed for ``GuardPolicy(reset_moments=True)`` only.
+
+        Returns:
+            What was seen and done. On ``event.skip`` the gradients are gone and ``optimizer.step()`` is harmless.
+
+        Raises:
+            StateError: If the guard is detached or previewing, a backward pass runs, or no gradients exist.
+            ArgumentError: If moments are to be reset and no optimizer is given.
+            NonFiniteError: After ``max_nonfinite`` non-finite gradient norms in a row.
+        """
+        self._require_ready("guard.step()")
+        if self.policy.reset_moments and optimizer is None:
+            raise ArgumentError("GuardPolicy(reset_moments=True) needs guard.step(optimizer=optimizer)")
+        norm = gradient_norm(self.model) if grad_norm is None else grad_norm
+        self._fold_and_reset(optimizer)
+        self.steps += 1
+        value, seen = _fetch(norm, self.detector.look(self._matrices))
+        if not math.isfinite(value):
+            return self._tell(self._skip_nonfinite(value))
+        self.nonfinite = 0
+        return self._tell(self._act(value, self.detector.judge(value, seen)))
+
+    def fold(self) -> None:
+        r"""Write every pending smoothing into the stored weights now and close the gates.
+
+        Raises:
+            StateError: If the guard is detached or previewing, or a backward pass runs.
+        """
+        self._require_ready("guard.fold()")
+        self._fold_and_reset(None)
+
+    def discard(self) -> None:
+        r"""Drop every pending smoothing and close the gates; the stored weights stay as they are.
+
+        Raises:
+            StateError: If the guard is detached or previewing, a backward pass runs, or one is yet to come for a
+                forward pass that read smoothed weights.
+        """
+        self._require_ready("guard.discard()")
+        for view in self.views.values():
+            view.discard()
+
+    @contextmanager
+    def preview(self) -> Iterator[None]:
+        r"""Show the model with every target smoothed, and forget that afterwards.
+
+        Gates that are open already show what they hold and stay open.
+
+        Yields:
+            Nothing; read the model inside, under ``torch.no_grad()`` or with its backward pass inside too.
+
+        Raises:
+            StateError: If the guard is detached or previewing, or if at the end a backward pass is yet to come.
+        """
+        self._require_ready("guard.preview()")
+        shown = [view for view in self.views.values() if not view.is_open]
+        self._previewing = True
+        try:
+            for view in shown:
+                view.open()
+            self._prepare(shown)
+            yield
+            _require_no_pending(shown)
+        finally:
+            self._previewing = False
+            for view in shown:
+                view.close()
+
+    def detach(self) -> None:
+        r"""Fold, then remove the views; the model is what it was. Does nothing the second time.
+
+        Raises:
+            StateError: If the guard is previewing, a backward pass runs, or a parametrization lies over a view.
+        """
+        if self._attached:
+            self._require_ready("guard.detach()")
+            detach(self.model)
+            self._attached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        r"""Everything that a bit-exact resumption needs besides the model's own ``state_dict``.
+
+        Returns:
+            Tensors, numbers and dictionaries of them, safe for ``weights_only`` loading.
+        """
+        # A pending opening is folded in the model's state, so here it counts as over.
+        openings = {name: view.openings + view.is_open for name, view in self.views.items()}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        detector = {key: _copy(value) for key, value in self.detector.state_dict().items()}
+        return {"detector": detector, "counters": counters, "openings": openings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        r"""Take a state back. Load the model's state too; gates that are open are closed without a fold.
+
+        Args:
+            state: What :meth:`state_dict` returned, of a guard over the same weights.
+
+        Raises:
+            ArgumentError: If it belongs to other weights or lacks an entry.
+            StateError: If the guard is detached or previewing, or a backward pass runs.
+        """
+        self._require_ready("guard.load_state_dict()")
+        missing = {"detector", "counters", "openings"} - set(state)
+        if missing:
+            raise ArgumentError(f"a guard's state has detector, counters, openings; missing: {sorted(missing)}")
+        differing = sorted(set(state["openings"]) ^ set(self.views))
+        if differing:
+            raise ArgumentError(
+                f"the saved guard and this one watch different weights, among them {differing[0]}; "
+                "attach with the same targets before loading"
+            )
+        self.detector.load_state_dict(state["detector"])
+        for name, view in self.views.items():
+            view.close()
+            view.openings = int(state["openings"][name])
+        for name in _COUNTERS:
+            setattr(self, name, int(state["counters"][name]))
+
+    def __enter__(self) -> "Guard":
+        r"""Enter a block at whose end the guard detaches.
+
+        Returns:
+            The guard.
+
+        Raises:
+            StateError: If it is detached.
+        """
+        self._require_ready("with guard")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        r"""Detach.
+
+        Args:
+            *exception: What ended the block, if anything did.
+        """
+        self.detach()
+
+    def __repr__(self) -> str:
+        r"""Tell the guard in one line.
+
+        Returns:
+            Number of weights, smoothing, gate, detector and counts.
+        """
+        if not self._attached:
+            return f"Guard(detached after {self.steps} steps, {self.triggers} triggers)"
+        smoothing = next(iter(self.views.values())).smoothing
+        opened = sum(view.is_open for view in self.views.values())
+        detector = " ".join(str(self.detector).split())
+        gate = f"{opened} gates open" if opened else "gates closed"
+        return (
+            f"Guard({len(self.views)} weights, {smoothing.shape} to the {smoothing.edge} edge, {gate}, "
+            f"{detector}, {self.steps} steps, {self.triggers} triggers)"
+        )
+
+    def _require_ready(self, call: str) -> None:
+        if not self._attached:
+            raise StateError(f"{call} on a detached guard; attach again with pss_param.attach(model)")
+        if self._previewing:
+            raise StateError(f"{call} inside guard.preview(); leave the preview first")
+        refuse_inside_backward(f"{call} cannot run")
+
+    def _matrices(self) -> dict[str, tuple[Tensor, ...]]:
+        return {
+            name: view.matricization.split(self._slots[name][0].weight.detach()) for name, view in self.views.items()
+        }
+
+    def _fold_and_reset(self, optimizer: torch.optim.Optimizer | None) -> None:
+        pending = [name for name, view in self.views.items() if view.is_open]
+        for name in pending:
+            weight = self._slots[name][0].weight
+            self.views[name].fold_(weight)
+            if optimizer is not None and self.policy.reset_moments:
+                # Optimizers create the state of a parameter anew when they find none.
+                optimizer.state.pop(weight, None)
+        if pending:
+            # Inside a long autocast block the casts of the old values are still cached.
+            torch.clear_autocast_cache()
+
+    def _skip_nonfinite(self, norm: float) -> Event:
+        self.nonfinite += 1
+        drop_gradients(self.model)
+        if self.nonfinite >= self.policy.max_nonfinite:
+            raise NonFiniteError(
+                f"the gradient norm was not finite for {self.nonfinite} steps in a row; stop, and repair the last "
+                "checkpoint with the command: pss-repair CHECKPOINT"
+            )
+        reason = f"gradient norm is {norm}, {self.nonfinite} in a row (error at {self.policy.max_nonfinite})"
+        return Event(self.steps, False, norm, reason=reason, skip=True)
+
+    def _act(self, norm: float, verdict: Verdict) -> Event:
+        resting, self.resting = self.resting, max(0, self.resting - 1)
+        if not verdict.triggered or resting:
+            held = f"held back, cooldown: {verdict.reason}" if verdict.triggered else ""
+            return Event(self.steps, False, norm, verdict.ratio, held)
+        names = tuple(self.views) if verdict.names is None else verdict.names
+        views = [self.views[name] for name in names]
+        for view in views:
+            view.open()
+        self._prepare(views)
+        self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
+        return Event(
+            self.steps,
+            True,
+            norm,
+            verdict.ratio,
+            verdict.reason,
+            names,
+            skip=self._treat_gradient(norm, verdict),
+        )
+
+    def _treat_gradient(self, norm: float, verdict: Verdict) -> bool:
+        if self.policy.on_trigger == "smooth_and_skip":
+            drop_gradients(self.model)
+            return True
+        if self.policy.on_trigger == "smooth_and_clip" and norm > verdict.limit:
+            scale_gradients(self.model, verdict.limit / norm)
+        return False
+
+    def _prepare(self, views: Sequence[SmoothingView]) -> None:
+        eager = self.policy.prepare == "eager" or (self.policy.prepare == "auto" and anything_compiled(self.model))
+        if not eager:
+            return
+        for name, view in self.views.items():
+            if view.is_open and view in views:
+                view.prepare(self._slots[name][0].weight)
+        # One rank for all views, a power of two that only grows: every change is a new graph.
+        ranks = [pair.right.shape[-2] for view in views for pair in view.factors or ()]
+        self._padded_rank = max(self._padded_rank, 1 << (max(ranks, default=1) - 1).bit_length())
+        for view in views:
+            view.pad_factors(self._padded_rank)
+
+    def _tell(self, event: Event) -> Event:
+        if event.triggered or event.skip:
+            _log.warning("%s", event)
+        elif event.reason:
+            _log.info("%s", event)
+        limit = self.policy.max_trigger_rate
+        if not self._warned and self.steps >= 100 and self.triggers > limit * self.steps:
+            self._warned = True
+            _log.warning(
+                "step %d: %d triggers are more than %g %% of the steps; lower the learning rate, raise the "
+                "detector's threshold, or set GuardPolicy(cooldown=...)",
+                self.steps,
+                self.triggers,
+                100 * limit,
+            )
+        return event
+
+
+def detach(model: nn.Module) -> None:
+    r"""Fold and remove every view of a model; serves copies of guarded models, which have no guard.
+
+    Args:
+        model: The model; nothing happens when it has no views.
+
+    Raises:
+        StateError: If a backward pass runs, or a parametrization lies over a view.
+
+    Example:
+        >>> import copy
+        >>> from pss_param.attaching import attach
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> guard = attach(model, targets="all")
+        >>> twin = copy.deepcopy(model)
+        >>> detach(twin)
+        >>> type(twin[0]) is nn.Linear, guard.is_open
+        (True, False)
+    """
+    occupied = list(occupied_slots(model))
+    for slot, view in occupied:
+        view.fold_(slot.weight)
+    for slot, _ in occupied:
+        slot.clear()
+
+
+def _view_at(slot: Slot) -> SmoothingView:
+    view = slot.module.get_submodule(f"parametrizations.{slot.name}.0")
+    if not isinstance(view, SmoothingView):
+        raise StateError(f"there is no view over {slot.name!r}; make guards with pss_param.attach")
+    return view
+
+
+def _fetch(norm: float | Tensor, looks: Sequence[Tensor]) -> tuple[float, list[list[float]]]:
+    """Bring norm and measurements to the host in one transfer."""
+    if isinstance(norm, Tensor) and hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # a sharded norm: every rank takes part
+    if not any(look.numel() for look in looks):
+        return float(norm), [[] for _ in looks]
+    device = next(look.device for look in looks if look.numel())
+    head = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
+    values = torch.cat([head, *(look.to(device, torch.float64) for look in looks)]).tolist()
+    seen, start = [], 1
+    for look in looks:
+        seen.append(values[start : start + look.numel()])
+        start += look.numel()
+    return values[0], seen
+
+
+def _require_no_pending(views: Sequence[SmoothingView]) -> None:
+    for view in views:
+        if view.pending:
+            raise StateError(
+                f"{view.label} was read inside guard.preview() and its backward pass has not come; "
+                "preview under torch.no_grad(), or call backward() inside"
+            )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What a repair is asked to do, and what it tells while it works."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pss_param.errors import ArgumentError
+from pss_param.smoothing import Smoothing
+from pss_param.targets import TargetRules
+
+StateDict = Mapping[str, Any]
+Reference = str | os.PathLike[str] | StateDict
+
+
+@dataclass(frozen=True)
+class Progress:
+    r"""One step of the work.
+
+    Args:
+        stage: ``"copy"``, ``"repair"`` or ``"scan"``.
+        name: the tensor at work, or empty.
+        done: bytes of this stage that are done.
+        total: bytes of this stage.
+    """
+
+    stage: Literal["copy", "repair", "scan"]
+    name: str
+    done: int
+    total: int
+
+
+ProgressHook = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    r"""What to smooth and how.
+
+    Args:
+        smoothing: shape by which dominant singular values come down, a name or a callable ``f(S, edge) ->
+        S``.
+        edge: the level they come down to: ``"bulk"``, ``"dominant"``, ``"init"`` or ``"reference"``.
+        rank: number of directions to smooth; None lets the edge decide.
+        init_std: standard deviation of a fresh weight, for ``edge="init"``; None asks the model's config,
+            then takes PyTorch's rule ``1 / sqrt(3 * fan_in)``.
+        tol: residual of the dominant directions at which the computation may stop, relative to the spectral
+        norm.
+        targets: preset of weights: ``"linear"``, ``"attention"``, ``"qk"``, ``"mlp"`` or ``"all"``.
+        include: patterns of names to take as well.
+        exclude: patterns of names to leave alone; wins over everything.
+        per_head: whether each attention head is a matrix of its own.
+        reference: a healthy checkpoint (path or state dict) for ``edge="reference"``.
+        device: where to compute: ``"auto"`` (a CUDA device if there is one), ``"cpu"``, ``"cuda:1"``, ...
+        seed: of the random start of the iteration; the same seed and device give the same bytes.
+    """
+
+    smoothing: str | Callable[[Tensor, Tensor], Tensor] = "clip"
+    edge: str = "bulk"
+    rank: int | None = None
+    init_std: float | None = None
+    tol: float = 1e-3
+    targets: str = "linear"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    per_head: bool = False
+    reference: Reference | None = None
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        r"""Check what can be checked without a checkpoint.
+
+        Raises:
+            ArgumentError: a value breaks a rule.
+        """
+        if (self.edge == "reference") != (self.reference is not None):
+            raise ArgumentError(
+                'edge="reference" and a reference checkpoint belong together: pass both '
+                "(--edge reference --reference GOOD) or neither"
+            )
+        if self.init_std is not None and self.edge != "init":
+            raise ArgumentError(f'init_std is only used by edge="init", the edge is {self.edge!r}')
+        self.rules()
+        self.rule()
+
+    def rules(self) -> TargetRules:
+        r"""Which weights.
+
+        Returns:
+            The rules for :func:`pss_param.targets.select_tensors`.
+        """
+        return TargetRules(
+            preset=self.targets,
+            include=tuple(self.include),
+            exclude=tuple(self.exclude),
+            per_head=self.per_head,
+        )
+
+    def rule(self) -> Smoothing:
+        r"""What happens to a weight; values that differ from weight to weight are still open.
+
+        Returns:
+            The smoothing.
+        """
+        reference = 1.0 if self.edge == "reference" else None  # stands in until a tensor's own is known
+        return Smoothing(self.smoothing, self.edge, self.rank, self.init_std, reference, self.tol)
+
+    def to_dict(self) -> dict[str, Any]:
+        r"""The options in plain Python types, for the report.
+
+        Returns:
+            One entry per field.
+        """
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if callable(self.smoothing):
+            content["smoothing"] = getattr(self.smoothing, "__qualname__", repr(self.smoothing))
+        if isinstance(self.reference, Mapping):
+            content["reference"] = "state dict"
+        elif self.reference is not None:
+            content["reference"] = os.fspath(self.reference)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
+
+
+def pick_device(name: str) -> torch.device:
+    r"""Turn the name of a device into a device that is there.
+
+    Args:
+        name: ``"auto"`` or any name that torch knows.
+
+    Returns:
+        The device.
+
+    Raises:
+        ArgumentError: torch does not know it, or this machine does not have it.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch says "not here" in all three ways
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ArgumentError(f"device {name!r} cannot be used here ({reason}); use auto or cpu") from None
+    if device.type == "meta":
+        raise ArgumentError("device 'meta' holds no values; use auto or cpu")
+    return device

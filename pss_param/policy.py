@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What a guard does besides smoothing: with the spiking gradient, with optimizer state, with too many triggers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pss_param.errors import ArgumentError
+
+__all__ = ["GuardPolicy"]
+
+OnTrigger = Literal["smooth", "smooth_and_clip", "smooth_and_skip"]
+Prepare = Literal["auto", "lazy", "eager"]
+_CHOICES = {
+    "on_trigger": ("smooth", "smooth_and_clip", "smooth_and_skip"),
+    "prepare": ("auto", "lazy", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class GuardPolicy:
+    r"""How a guard acts on what its detector says.
+
+    Attributes:
+        on_trigger: What happens to the gradient that triggered. ``"smooth"`` (default, as published): nothing, the
+            optimizer uses it. ``"smooth_and_clip"``: it is scaled down to the norm that would just have triggered
+            (threshold times average; a detector without a norm scales nothing). ``"smooth_and_skip"``: it is dropped
+            (set to None).
+        cooldown: Steps after a trigger in which another one is held back; 0 as published.
+        max_trigger_rate: A share of the steps, in (0, 1]; more triggers than that are warned of, once per run,
+            after the first hundred steps. The published rate is below 0.0025.
+        max_nonfinite: Non-finite gradient norms in a row that are skipped before an error is raised, at least 1.
+        reset_moments: Whether the optimizer's state of a smoothed weight is cleared when the smoothing is folded.
+            Needs ``guard.step(optimizer=...)``.
+        prepare: When dominant directions are computed: ``"lazy"`` at the next read, ``"eager"`` inside ``step()``
+            as compiled programs need it, ``"auto"`` eager as soon as anything in the process has been compiled.
+        seed: Seed of the views' own random generators.
+
+    Raises:
+        ArgumentError: If a value is out of its range.
+
+    Example:
+        >>> GuardPolicy(cooldown=10).on_trigger
+        'smooth'
+    """
+
+    on_trigger: OnTrigger = "smooth"
+    cooldown: int = 0
+    max_trigger_rate: float = 0.01
+    max_nonfinite: int = 20
+    reset_moments: bool = False
+    prepare: Prepare = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        r"""Check the ranges.
+
+        Raises:
+            ArgumentError: If a value is out of its range.
+        """
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.cooldown < 0:
+            raise ArgumentError(f"cooldown must be at least 0 steps, got {self.cooldown}")
+        if not 0 < self.max_trigger_rate <= 1:
+            raise ArgumentError(f"max_trigger_rate must lie in (0, 1], got {self.max_trigger_rate}; 1 never warns")
+        if self.max_nonfinite < 1:
+            raise ArgumentError(f"max_nonfinite must be at least 1 step, got {self.max_nonfinite}")

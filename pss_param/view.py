@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The view: a parametrization that shows a weight, or the smoothed weight while its gate is open.
+
+# Note [Why smoothing waits for the next read]
+A detector fires between a backward pass and the optimizer's step. The optimizer moves the weight once more, and
+only then is it read again. Smoothing at that read sees the weight that the next forward pass would have used,
+costs nothing at the moment of the trigger, and works for weights that are whole only inside a forward pass.
+
+# Note [When a gate may move]
+A gate moves between a backward pass and the next forward pass. Where activations are recomputed, a gate that
+moved in between would give wrong gradients without an error. It is noticed as follows, at no cost while closed:
+
+- While a backward pass runs, opening, folding, discarding are refused.
+- Opened between forward and backward: the recomputation is the first read of an open gate and happens inside a
+  backward pass; a first read can only come from a forward pass, so it is refused.
+- Discarded between forward and backward: every differentiable read of an open gate leaves a token in its
+  autograd graph; the token goes when backward passes it or when the graph is dropped. While one is left,
+  discarding is refused.
+- Folded between forward and backward: harmless, and so allowed. The stored weight then has, bit for bit, the
+  values that the reads had.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pss_param.errors import NonFiniteError, StateError
+from pss_param.matricize import Matricization
+from pss_param.smoothing import Smoothing, correction
+
+__all__ = ["SmoothingView"]
+
+
+class Factors(NamedTuple):
+    r"""The part that smoothing takes away from one batch of matrices: ``left @ right``.
+
+    Attributes:
+        left: Left dominant directions times what their values lose, ``(..., m, r)``, float32 or wider.
+        right: Right dominant directions, ``(..., r, n)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+class SmoothingView(nn.Module):
+    r"""Show a weight as it is (gate closed) or smoothed (gate open).
+
+    .. math::
+        \text{view}(W) = \begin{cases} W & \text{closed: the same tensor object} \\
+        W - U \operatorname{diag}(d) V^\mathsf{T} & \text{open} \end{cases}
+
+    :math:`U, d, V` are computed once per opening, at the first read, without gradient; the gradient with respect
+    to :math:`W` is that with respect to the view. :func:`pss_param.attach` makes one view per weight. A view can
+    also be registered by hand with :func:`torch.nn.utils.parametrize.register_parametrization`; then
+    ``module.parametrizations.weight.original`` is the stored weight that :meth:`fold_` takes.
+
+    Args:
+        smoothing: Shape, edge and rank of the smoothing; a name stands for ``Smoothing(shape=name)``.
+        matricization: How the weight is split into matrices; None for a matrix ``(out, in)``.
+        label: The weight's name, for messages and for the seed.
+        seed: Together with ``label`` and the number of openings it seeds the view's own random generator; the
+            global one is never used.
+
+    Example:
+        >>> from torch.nn.utils import parametrize
+        >>> layer = torch.nn.Linear(4, 4, bias=False)
+        >>> view = SmoothingView()
+        >>> _ = parametrize.register_parametrization(layer, "weight", view)
+        >>> stored = layer.parametrizations.weight.original
+        >>> layer.weight is stored
+        True
+        >>> view.open()
+        >>> shown = layer.weight.detach().clone()
+        >>> view.fold_(stored)
+        >>> view.is_open, torch.equal(layer.weight, shown)
+        (False, True)
+    """
+
+    def __init__(
+        self,
+        smoothing: str | Smoothing = "clip",
+        *,
+        matricization: Matricization | None = None,
+        label: str = "weight",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.smoothing = smoothing if isinstance(smoothing, Smoothing) else Smoothing(shape=smoothing)
+        self.matricization = Matricization() if matricization is None else matricization
+        self.label, self.seed = label, seed
+        self.is_open = False
+        self.openings = 0
+        self.was_read = False
+        self.factors: tuple[Factors, ...] | None = None
+        self.pending = _PendingReads()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        r"""Return the weight itself, or the smoothed weight while the gate is open.
+
+        Args:
+            weight: The stored weight.
+
+        Returns:
+            ``weight`` or a new tensor of its shape and dtype; gradients pass to ``weight`` unchanged.
+
+        Raises:
+            StateError: If the gate was opened between a forward pass and its recomputation, or if a compiled
+                program reads an open gate whose directions were not prepared.
+        """
+        if not self.is_open:
+            return weight
+        if torch.compiler.is_compiling():
+            if self.factors is None:
+                raise StateError(
+                    "a compiled program read an open view whose directions were not prepared; "
+                    "pass policy=GuardPolicy(prepare='eager') to pss_param.attach"
+                )
+            return self.apply_factors(weight, self.factors)
+        recomputing = _inside_backward()
+        if recomputing and not self.was_read:
+            raise StateError(
+                f"the gate of {self.label} was opened between a forward pass and its backward pass, so "
+                "recomputed activations would differ; call guard.step() after backward()"
+            )
+        self.was_read = True
+        shown = self.apply_factors(weight, self.prepare(weight))
+        if shown.requires_grad and not recomputing:
+            self.pending.watch(shown)
+        return shown
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        r"""Take an assigned value as the stored weight, for views registered by hand.
+
+        Args:
+            weight: The value to store.
+
+        Returns:
+            The same tensor.
+        """
+        return weight
+
+    def open(self) -> None:
+        r"""Open the gate: the next read smooths.
+
+        Raises:
+            StateError: If the gate is open already or a backward pass is running.
+        """
+        refuse_inside_backward("a gate cannot be opened")
+        if self.is_open:
+            raise StateError(f"the gate of {self.label} is open already; fold or discard it first")
+        self.is_open = True
+
+    def fold_(self, weight: Tensor) -> None:
+        r"""Write the smoothing into the stored weight, in place, and close the gate; nothing when it is closed.
+
+        Args:
+            weight: The stored weight; gets exactly the bits that the open view showed.
+        """
+        if not self.is_open:
+            return
+        refuse_inside_backward("a gate cannot be folded")
+        with torch.no_grad():
+            # Not through .data: autograd has to see that a tensor it saved was changed.
+            weight.copy_(self.smoothed(weight))
+        self.openings += 1
+        self.close()
+
+    def discard(self) -> None:
+        r"""Close the gate without a trace in the stored weight; nothing when it is closed.
+
+        Raises:
+            StateError: If a backward pass runs or has yet to come for a read of the open gate.
+        """
+        if not self.is_open:
+            return
+        refuse_inside_backward("a gate cannot be discarded")
+        if self.pending:
+            raise StateError(
+                f"{self.label} was read through its open gate and the backward pass of that read has not come; "
+                "call backward() first, drop the loss, or read under torch.no_grad()"
+            )
+        self.openings += 1
+        self.close()
+
+    def close(self) -> None:
+        r"""Close the gate and forget the directions, whatever is pending: the weight was replaced from outside."""
+        self.is_open, self.was_read, self.factors = False, False, None
+        self.pending = _PendingReads()
+
+    def smoothed(self, weight: Tensor) -> Tensor:
+        r"""Compute what the open gate shows, without changing the view.
+
+        Args:
+            weight: The stored weight.
+
+        Returns:
+            The smoothed weight, bit for bit what the next read returns and what a fold stores.
+        """
+        factors = self._decompose(weight) if self.factors is None else self.factors
+        return self.apply_factors(weight, factors)
+
+    def prepare(self, weight: Tensor) -> tuple[Factors, ...]:
+        r"""Compute the directions once per opening.
+
+        Args:
+            weight: The stored weight.
+
+        Returns:
+            One pair of factors per matrix (or batch of matrices) that the weight acts as.
+        """
+        if self.factors is None:
+            self.factors = self._decompose(weight)
+        return self.factors
+
+    def pad_factors(self, rank: int) -> None:
+        r"""Give prepared factors a fixed rank by adding zeros, so that compiled graphs see one shape.
+
+        Args:
+            rank: The new rank; a factor that has more keeps it.
+        """
+        if self.factors is not None:
+            self.factors = tuple(_pad(pair, rank) for pair in self.factors)
+
+    def apply_factors(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
+        r"""Subtract ``left @ right`` in the factors' precision and cast once.
+
+        Args:
+            weight: The stored weight.
+            factors: One pair per matrix of the matricization.
+
+        Returns:
+            A new tensor; the gradient passes to ``weight`` unchanged, because nothing but the subtraction and
+            the casts is differentiated.
+        """
+        # Autocast would run the product in bfloat16, an error of 1e-4.
+        with torch.autocast(weight.device.type, enabled=False):
+            with torch.no_grad():
+                delta = self._delta(weight, factors)
+            return (weight.to(delta.dtype) - delta).to(weight.dtype)
+
+    def _delta(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
+        parts = tuple(left.to(weight.device) @ right.to(weight.device) for left, right in factors)
+        if self.matricization.linear:
+            return parts[0]
+        # Parts that are left alone lose nothing; join would take them from the weight.
+        like = torch.zeros_like(weight, dtype=parts[0].dtype) if self.matricization.only else weight
+        return self.matricization.join(parts, like)
+
+    def _decompose(self, weight: Tensor) -> tuple[Factors, ...]:
+        # inference_mode would make tensors that a later training step cannot use.
+        with torch.inference_mode(False), torch.no_grad():
+            generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
+            try:
+                parts = self.matricization.split(weight.detach())
+                found = [correction(part, self.smoothing, generator=generator) for part in parts]
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{self.label} cannot be smoothed: {error}") from error
+            return tuple(Factors(one.U * one.d.unsqueeze(-2), one.Vh) for one in found)
+
+    def _seed_now(self) -> int:
+        text = f"{self.seed}/{self.label}/{self.openings}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+    def extra_repr(self) -> str:
+        r"""Describe smoothing and gate.
+
+        Returns:
+            Shape, edge and the gate's position.
+        """
+        gate = "open" if self.is_open else "closed"
+        return f"{self.smoothing.shape} to the {self.smoothing.edge} edge, gate {gate}"
+
+
+class _PendingReads:
+    """Reads of an open gate whose backward pass has not come; see Note [When a gate may move]."""
+
+    def __init__(self) -> None:
+        self._tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
+
+    def watch(self, shown: Tensor) -> None:
+        token = _Token(self._tokens)
+        self._tokens.add(token)
+        shown.register_hook(token.done)  # type: ignore[no-untyped-call]
+
+    def __bool__(self) -> bool:
+        return len(self._tokens) > 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PendingReads":
+        return _PendingReads()
+
+    def __reduce__(self) -> tuple[Callable[[], "_PendingReads"], tuple[()]]:
+        return _PendingReads, ()
+
+
+class _Token:
+    """Owned by the autograd graph alone, so that a dropped graph takes it along."""
+
+    def __init__(self, tokens: "weakref.WeakSet[_Token]") -> None:
+        self._tokens = tokens
+
+    def done(self, gradient: Tensor) -> None:
+        self._tokens.discard(self)
+
+
+def refuse_inside_backward(what: str) -> None:
+    r"""Refuse what would be silently wrong while a backward pass runs.
+
+    Args:
+        what: The refused action, as the beginning of a sentence.
+
+    Raises:
+        StateError: If a backward pass is running in this thread.
+    """
+    if _inside_backward():
+        raise StateError(f"{what} while a backward pass runs; do it after backward() has returned")
+
+
+def _inside_backward() -> bool:
+    # The same question that torch.utils.checkpoint asks; torch has no public name for it.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _pad(pair: Factors, rank: int) -> Factors:
+    missing = max(0, rank - pair.right.shape[-2])
+    return Factors(nn.functional.pad(pair.left, (0, missing)), nn.functional.pad(pair.right, (0, 0, 0, missing)))

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: one seed a test, and a check that nobody touched the global random state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules such as spectra.py
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def global_random_state_untouched() -> Iterator[None]:
+    """Fails the test if it changed torch's global random state."""
+    before = torch.get_rng_state().clone()
+    yield
+    assert torch.equal(before, torch.get_rng_state()), "the global random state was touched"

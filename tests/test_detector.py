@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+import random
+
+import pytest
+import torch
+
+from pss_param.detector import AnyOf, GradientNormRatio
+from pss_param.errors import ArgumentError
+from pss_param.floor import StableRankFloor
+
+
+def reference_ratio_rule(norms, threshold, decay, settle, cap):
+    """The documented recurrence, written again as plainly as possible."""
+    average, count, out = 0.0, 0, []
+    for norm in norms:
+        if not math.isfinite(norm):
+            out.append((False, None))
+            continue
+        ratio = norm / average if count else 1.0
+        out.append((count >= settle and ratio >= threshold, ratio))
+        entering = min(norm, cap * average) if count else norm
+        average += max(1 - decay, 1 / (count + 1)) * (entering - average)
+        count += 1
+    return out
+
+
+@pytest.mark.parametrize(("decay", "settle", "cap"), [(0.95, 10, None), (0.5, 1, 4.0), (0.0, 3, 1.0)])
+def test_ratio_follows_the_documented_recurrence(decay, settle, cap):
+    source = random.Random(0)
+    norms = [source.lognormvariate(0, 0.8) for _ in range(300)]
+    norms[50], norms[51], norms[120] = math.nan, math.inf, 1e30
+    detector = GradientNormRatio(2.5, decay, settle, cap)
+    expected = reference_ratio_rule(norms, 2.5, decay, settle, 2.5 if cap is None else cap)
+    fired = 0
+    for norm, (triggered, ratio) in zip(norms, expected, strict=True):
+        verdict = detector.observe(norm)
+        assert verdict.triggered == triggered
+        if ratio is not None:
+            assert verdict.ratio == pytest.approx(ratio, rel=1e-12)
+        fired += triggered
+    assert fired > 3
+
+
+def test_nonfinite_norms_leave_no_trace():
+    detector = GradientNormRatio(settle=2)
+    for norm in (1.0, 2.0, 1.5):
+        detector.observe(norm)
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    for norm in (math.nan, math.inf, -math.inf, torch.tensor(math.nan)):
+        assert not detector.observe(norm).triggered
+    assert all(torch.equal(before[key], value) for key, value in detector.state_dict().items())
+
+
+def test_one_spike_does_not_blind_and_a_lasting_level_is_accepted():
+    detector = GradientNormRatio()
+    for _ in range(50):
+        detector.observe(1.0)
+    assert detector.observe(1e6).triggered
+    assert float(detector.average) < 1.1
+    assert detector.observe(3.0).triggered  # still sees a small spike after a huge one
+    verdicts = [detector.observe(10.0).triggered for _ in range(100)]
+    assert verdicts[0]
+    assert not any(verdicts[-50:])
+
+
+def test_limit_is_the_norm_that_would_just_have_triggered():
+    detector = GradientNormRatio(settle=1)
+    detector.observe(2.0)
+    verdict = detector.observe(8.0)
+    assert verdict.limit == pytest.approx(5.0)
+    assert verdict.names is None
+    assert "4.00 x" in verdict.reason
+
+
+def test_statistics_stay_float64_whatever_happens_to_the_model_around_them():
+    detector = GradientNormRatio().to(torch.bfloat16).half()
+    assert detector.average.dtype == torch.float64
+    assert detector.count.dtype == torch.int64
+
+
+def test_all_zero_norms_are_quiet_and_the_first_real_one_is_seen():
+    detector = GradientNormRatio(settle=2)
+    assert [detector.observe(0.0).ratio for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert detector.observe(1.0).triggered
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: GradientNormRatio(threshold=1.0),
+        lambda: GradientNormRatio(decay=1.0),
+        lambda: GradientNormRatio(settle=0),
+        lambda: GradientNormRatio(cap=0.5),
+        lambda: StableRankFloor(fraction=1.0),
+        lambda: StableRankFloor(period=0),
+        AnyOf,
+    ],
+)
+def test_arguments_out_of_range_are_refused_with_the_value(build):
+    with pytest.raises(ArgumentError, match=r"got|needs"):
+        build()
+
+
+def exact_stable_rank(weight):
+    values = torch.linalg.svdvals(weight.double())
+    return (values.square().sum() / values[0] ** 2).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_floor_tracks_the_stable_rank_from_above(dtype):
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(48, 32).to(dtype),), "b": (torch.randn(3, 20, 40).to(dtype),)}
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: weights)
+    direction = torch.outer(torch.randn(48), torch.randn(32)) / 40
+    for _ in range(30):
+        weights["a"][0].add_(direction.to(dtype))
+        (measured,) = detector.look(lambda: weights)
+    assert measured.shape == (4,)
+    exact = [exact_stable_rank(weights["a"][0])] + [exact_stable_rank(one) for one in weights["b"][0]]
+    loose = 0.03 if dtype == torch.bfloat16 else 1e-4
+    for estimate, truth in zip(measured.tolist(), exact, strict=True):
+        assert truth * (1 - loose) <= estimate <= truth * 1.15
+    assert measured[0].item() == pytest.approx(exact[0], rel=0.02)  # a separated value is found exactly
+
+
+def run_floor(detector, weights, steps):
+    verdicts = []
+    for _ in range(steps):
+        seen = [look.tolist() for look in detector.look(lambda: weights)]
+        verdicts.append(detector.judge(1.0, seen))
+    return verdicts
+
+
+def test_floor_names_the_weights_that_fell_and_only_at_its_period():
+    torch.manual_seed(0)
+    weights = {name: (torch.randn(24, 24),) for name in ("a", "b", "c")}
+    detector = StableRankFloor(fraction=0.5, period=4)
+    detector.bind(lambda: weights)
+    weights["b"][0].add_(torch.outer(torch.randn(24), torch.randn(24)))
+    verdicts = run_floor(detector, weights, 24)
+    assert [index for index, verdict in enumerate(verdicts, 1) if verdict.triggered][-1] == 24
+    assert all(verdict.names == ("b",) for verdict in verdicts if verdict.triggered)
+    assert not any(verdict.triggered for index, verdict in enumerate(verdicts, 1) if index % 4)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_floor_survives_a_weight_that_was_zero_or_nan_for_a_while(bad):
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(16, 24),)}
+    healthy = weights["a"][0].clone()
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: weights)
+    weights["a"][0].fill_(bad)
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 3))
+    weights["a"][0].copy_(healthy + torch.outer(torch.randn(16), torch.randn(24)))
+    assert run_floor(detector, weights, 12)[-1].triggered
+
+
+def test_floor_resumes_bit_exactly():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(16, 24),), "b": (torch.randn(2, 8, 8), torch.randn(8, 4))}
+    detector, resumed = StableRankFloor(period=2), StableRankFloor(period=2)
+    detector.bind(lambda: weights)
+    run_floor(detector, weights, 5)
+    weights["a"][0].mul_(1.1)
+    resumed.bind(lambda: weights)
+    state = dict(detector.state_dict())
+    resumed.load_state_dict(state)
+    for _ in range(4):
+        weights["a"][0].add_(0.05)
+        one, two = detector.look(lambda: weights)[0], resumed.look(lambda: weights)[0]
+        assert torch.equal(one, two)
+
+
+def test_floor_refuses_other_weights_and_use_without_a_guard():
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: {"a": (torch.eye(4),)})
+    with pytest.raises(ArgumentError, match="attach a new guard"):
+        detector.look(lambda: {"b": (torch.eye(4),)})
+    with pytest.raises(ArgumentError, match="attach"):
+        detector.observe(1.0)
+
+
+def test_any_of_joins_names_reasons_and_keeps_every_statistic_current():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    ratio, floor = GradientNormRatio(settle=1), StableRankFloor(period=1)
+    detector = AnyOf(ratio, floor)
+    detector.bind(lambda: weights)
+    for _ in range(8):
+        detector.judge(1.0, [look.tolist() for look in detector.look(lambda: weights)])
+    weights["a"][0].add_(torch.outer(torch.randn(24), torch.randn(24)))
+    for _ in range(8):
+        verdict = detector.judge(1.0, [look.tolist() for look in detector.look(lambda: weights)])
+    assert verdict.triggered
+    assert verdict.names == ("a",)
+    both = detector.judge(9.0, [look.tolist() for look in detector.look(lambda: weights)])
+    assert both.names is None
+    assert "gradient norm" in both.reason
+    assert "stable rank" in both.reason
+    assert both.ratio == pytest.approx(9.0)
+    assert int(ratio.count) == 17

@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import parametrize
+
+from pss_param.attaching import attach
+from pss_param.detector import AnyOf, Detector, GradientNormRatio, Verdict
+from pss_param.errors import ArgumentError, NonFiniteError, StateError
+from pss_param.floor import StableRankFloor
+from pss_param.guard import detach
+from pss_param.policy import GuardPolicy
+from pss_param.smoothing import Smoothing
+from pss_param.targets import TargetRules
+
+
+class OnSteps(Detector):
+    """Fires at given steps; a stand-in for a spike that does not depend on the numbers."""
+
+    def __init__(self, *steps, names=None, limit=math.inf):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.steps, self.names, self.limit = steps, names, limit
+
+    def judge(self, norm, seen):
+        self.count.add_(1)
+        if int(self.count) in self.steps:
+            return Verdict(True, self.names, 3.0, "asked to", self.limit)
+        return Verdict(ratio=1.0)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width=8, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+NAMES = [f"blocks.{i}.{part}.weight" for i in range(2) for part in ("up", "down")]
+
+
+def net(seed=0, **options):
+    torch.manual_seed(seed)
+    return Net(**options)
+
+
+def loss_of(model, step=0):
+    tokens = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(step))
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1, 1).flatten())
+
+
+def train(model, guard, optimizer, steps, start=0):
+    losses = []
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        guard.step()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def snapshot(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one, two):
+    return list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_attach_and_detach_leave_no_trace():
+    model = net()
+    before, ids = snapshot(model), [(name, id(value)) for name, value in model.named_parameters()]
+    classes = [type(module) for module in model.modules()]
+    guard = attach(model)
+    assert list(guard.views) == NAMES
+    assert [(name, id(value)) for name, value in model.named_parameters()] == ids
+    assert same(before, snapshot(model))
+    assert parametrize.is_parametrized(model.blocks[0].up, "weight")
+    assert model.blocks[0].up.weight is dict(model.named_parameters())[NAMES[0]]
+    guard.detach()
+    assert [type(module) for module in model.modules()] == classes
+    assert [(name, id(value)) for name, value in model.named_parameters()] == ids
+    assert same(before, snapshot(model))
+
+
+def test_a_quiet_guard_changes_no_bit_of_a_training_run():
+    plain, guarded = net(), net()
+    guard = attach(guarded, detector=OnSteps())
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (plain, guarded)]
+    for step in range(5):
+        for model, optimizer in zip((plain, guarded), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            if model is guarded:
+                guard.step()
+            optimizer.step()
+    assert same(snapshot(plain), snapshot(guarded))
+
+
+def test_the_life_of_a_trigger():
+    model = net()
+    guard = attach(model, detector=OnSteps(2), policy=GuardPolicy(prepare="lazy"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, guard, optimizer, 1)
+    loss_of(model, 1).backward()
+    event = guard.step()
+    assert (event.triggered, event.smoothed, event.skip) == (True, tuple(NAMES), False)
+    assert guard.is_open
+    assert all(view.factors is None for view in guard.views.values())  # no linear algebra yet
+    optimizer.step()
+    stored = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    shown = {name: model.get_submodule(name[:-7]).weight.detach().clone() for name in NAMES}
+    assert all(torch.equal(stored[name], value) for name, value in model.named_parameters())
+    event = guard.step()
+    assert not event.triggered
+    assert not guard.is_open
+    for name, value in model.named_parameters():
+        assert torch.equal(value, shown.get(name, stored[name]))
+    assert all(torch.linalg.matrix_norm(shown[n], 2) < torch.linalg.matrix_norm(stored[n], 2) for n in NAMES)
+
+
+def test_consecutive_triggers_fold_and_open_again():
+    model = net()
+    guard = attach(model, detector=OnSteps(2, 3))
+    train(model, guard, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    assert guard.triggers == 2
+    assert [view.openings for view in guard.views.values()] == [1] * 4
+    assert guard.is_open
+
+
+def test_only_the_named_weights_are_smoothed():
+    model = net()
+    guard = attach(model, detector=OnSteps(1, names=(NAMES[1],)))
+    loss_of(model).backward()
+    assert guard.step().smoothed == (NAMES[1],)
+    assert [name for name, view in guard.views.items() if view.is_open] == [NAMES[1]]
+
+
+def test_fold_discard_preview():
+    model = net()
+    guard = attach(model, detector=OnSteps(1))
+    before = snapshot(model)
+    with torch.no_grad(), guard.preview():
+        shown = snapshot(model)
+        assert guard.is_open
+        with pytest.raises(StateError, match="leave the preview"):
+            guard.step(1.0)
+    assert not guard.is_open
+    assert same(before, snapshot(model))
+    assert not same(before, shown)
+    guard.step(1.0)
+    with torch.no_grad():
+        assert same(shown, snapshot(model))
+    guard.discard()
+    assert same(before, snapshot(model))
+    guard.views[NAMES[0]].open()
+    opened = snapshot(model)
+    guard.fold()
+    assert same(opened, snapshot(model))
+    assert not guard.is_open
+
+
+def test_preview_keeps_a_pending_smoothing_and_refuses_a_pending_backward():
+    model = net()
+    guard = attach(model, detector=OnSteps(1, names=(NAMES[0],)))
+    guard.step(1.0)
+    with guard.preview():
+        assert all(view.is_open for view in guard.views.values())
+    assert [name for name, view in guard.views.items() if view.is_open] == [NAMES[0]]
+    with pytest.raises(StateError, match="no_grad"), guard.preview():
+        loss = loss_of(model)
+    assert loss.requires_grad
+    with pytest.raises(RuntimeError, match="mine"), guard.preview():
+        raise RuntimeError("mine")
+    assert [name for name, view in guard.views.items() if view.is_open] == [NAMES[0]]
+
+
+def test_detach_while_open_folds_and_ends_the_guard():
+    model = net()
+    guard = attach(model, detector=OnSteps(1))
+    guard.step(1.0)
+    shown = snapshot(model)
+    guard.detach()
+    assert same(shown, snapshot(model))
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    guard.detach()
+    for call in (guard.fold, guard.discard, guard.step, guard.__enter__):
+        with pytest.raises(StateError, match="detached guard"):
+            call()
+    with attach(model) as again:
+        assert "closed" in repr(again)
+    assert "detached" in repr(again)
+
+
+def test_attached_is_invisible_in_checkpoints_both_ways():
+    model, plain = net(), net(seed=1)
+    guard = attach(model, detector=OnSteps(1))
+    guard.step(1.0)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(loss_of(plain), loss_of(model))
+    model.load_state_dict(net(seed=2).state_dict(), strict=True)
+    assert not guard.is_open
+    assert same(snapshot(model), snapshot(net(seed=2)))
+    model.load_state_dict(net(seed=3).state_dict(), strict=True, assign=True)
+    assert same(snapshot(model), snapshot(net(seed=3)))
+    assert model.blocks[0].up.weight is dict(model.named_parameters())[NAMES[0]]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 6])
+def test_resumption_is_bit_exact_at_any_step_open_gate_included(stop):
+    def build():
+        model = net()
+        detector = AnyOf(OnSteps(4, 6, 9), GradientNormRatio(settle=2), StableRankFloor(period=2))
+        return model, detector, GuardPolicy(cooldown=1, max_trigger_rate=1)
+
+    def start():
+        model, detector, policy = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+        return model, attach(model, detector=detector, policy=policy), optimizer
+
+    model, guard, optimizer = start()
+    train(model, guard, optimizer, stop)
+    was_open = guard.is_open
+    file = io.BytesIO()
+    torch.save([model.state_dict(), guard.state_dict(), optimizer.state_dict()], file)
+    expected = train(model, guard, optimizer, 6, start=stop)
+
+    resumed, second, other = start()
+    train(resumed, second, other, 2)  # a run that had gone elsewhere
+    file.seek(0)
+    for part, state in zip((resumed, second, other), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert train(resumed, second, other, 6, start=stop) == expected
+    assert same(snapshot(model), snapshot(resumed))
+    assert (guard.steps, guard.triggers) == (second.steps, second.triggers)
+    assert guard.triggers >= 2
+    assert was_open or stop not in {4, 6}
+
+
+def test_guard_state_of_other_weights_is_refused():
+    guard = attach(net())
+    other = attach(net(), targets="all")
+    with pytest.raises(ArgumentError, match="different weights"):
+        guard.load_state_dict(other.state_dict())
+    with pytest.raises(ArgumentError, match="missing"):
+        guard.load_state_dict({})
+
+
+def test_deepcopy_of_an_attached_model_is_independent():
+    model = net()
+    guard = attach(model, detector=OnSteps(1))
+    guard.step(1.0)
+    twin = copy.deepcopy(model)
+    shown = snapshot(model)
+    guard.discard()
+    assert same(shown, snapshot(twin))
+    detach(twin)
+    assert same(shown, snapshot(twin))
+    assert type(twin.blocks[0].up) is nn.Linear
+    both, pair = copy.deepcopy((model, guard))
+    pair.views[NAMES[0]].open()
+    assert both.blocks[0].up.weight is not both.blocks[0].up._parameters["weight"]
+    pair.detach()
+    assert not guard.is_open
+    assert parametrize.is_parametrized(model.blocks[0].up, "weight")
+
+
+def test_tied_weights_are_skipped_by_default_and_shared_on_request(caplog):
+    with caplog.at_level(logging.INFO, logger="pss_param"):
+        guard = attach(net(tied=True), targets="all")
+    assert list(guard.views) == NAMES
+    assert any("embed.weight" in message and "tied" in message for message in caplog.messages)
+    model = net(tied=True)
+    guard = attach(model, TargetRules(preset="all", tied="share"), detector=OnSteps(1))
+    assert len(guard.views) == 5
+    assert model.embed.parametrizations.weight[0] is model.head.parametrizations.weight[0]
+    guard.step(1.0)
+    shown = model.embed.weight.detach().clone()
+    assert torch.equal(shown, model.head.weight)
+    guard.fold()
+    assert model.embed.weight is model.head.weight
+    assert torch.equal(model.head.weight, shown)  # folded once
+    guard.detach()
+    assert model.embed.weight is model.head.weight
+
+
+def test_nonfinite_gradients_are_dropped_counted_and_finally_an_error(caplog):
+    model = net()
+    detector = GradientNormRatio(settle=1)
+    guard = attach(model, detector=detector, policy=GuardPolicy(max_nonfinite=3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, guard, optimizer, 1)
+    before, average = snapshot(model), float(detector.average)
+    for count in (1, 2):
+        (loss_of(model) * math.nan).backward()
+        event = guard.step()
+        optimizer.step()
+        assert event.skip
+        assert f"{count} in a row" in str(event)
+    assert same(before, snapshot(model))
+    assert float(detector.average) == average
+    train(model, guard, optimizer, 1)
+    assert guard.nonfinite == 0
+    guard.step(math.inf)
+    guard.step(torch.tensor(math.nan))
+    with pytest.raises(NonFiniteError, match="pss-repair CHECKPOINT"):
+        guard.step(math.nan)
+    assert any("gradients dropped" in message for message in caplog.messages)
+
+
+def test_on_trigger_clip_and_skip():
+    for choice in ("smooth", "smooth_and_clip", "smooth_and_skip"):
+        model = net()
+        guard = attach(model, detector=OnSteps(1, limit=0.01), policy=GuardPolicy(on_trigger=choice))
+        loss_of(model).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        event = guard.step()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert event.skip == (choice == "smooth_and_skip") == (not grads)
+        if grads:
+            expected = 0.01 if choice == "smooth_and_clip" else norm.item()
+            assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(expected, rel=1e-5)
+        assert event.norm == pytest.approx(norm.item())
+
+
+def test_cooldown_holds_back_and_says_so():
+    model = net()
+    guard = attach(model, detector=OnSteps(*range(1, 9)), policy=GuardPolicy(cooldown=3))
+    events = [guard.step(1.0) for _ in range(8)]
+    assert [event.triggered for event in events] == [True, False, False, False, True, False, False, False]
+    assert "cooldown" in str(events[1])
+
+
+def test_too_many_triggers_are_warned_of_once(caplog):
+    guard = attach(net(), detector=OnSteps(*range(1, 300, 20)))
+    for _ in range(200):
+        guard.step(1.0)
+    assert sum("more than 1 %" in message for message in caplog.messages) == 1
+
+
+def test_reset_moments_clears_the_smoothed_weights_only():
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guard = attach(model, detector=OnSteps(3, names=(NAMES[0],)), policy=GuardPolicy(reset_moments=True))
+    with pytest.raises(ArgumentError, match="optimizer=optimizer"):
+        guard.step(1.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        guard.step(optimizer=optimizer)
+        optimizer.step()
+    taken = {name: int(optimizer.state[value]["step"]) for name, value in model.named_parameters()}
+    assert taken.pop(NAMES[0]) == 1
+    assert set(taken.values()) == {4}
+
+
+def test_a_spike_is_caught_by_the_default_detector():
+    model = net()
+    guard = attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    train(model, guard, optimizer, 15)
+    assert guard.triggers == 0
+    (5 * loss_of(model, 16)).backward()
+    event = guard.step()
+    assert event.triggered
+    assert event.ratio > 2.5
+    assert "smoothing 4 weights" in str(event)
+
+
+def test_the_stable_rank_floor_runs_under_the_guard():
+    model = net(width=16)
+    guard = attach(model, detector=StableRankFloor(period=1, fraction=0.5))
+    with torch.no_grad():
+        model.blocks[1].down.weight.add_(torch.outer(torch.randn(16), torch.randn(32)) / 4)
+    fired = [event for event in (guard.step(1.0) for _ in range(6)) if event.triggered]
+    assert fired
+    assert all(event.smoothed == (NAMES[3],) for event in fired)
+
+
+def test_misuse_is_refused_in_words():
+    model = net()
+    guard = attach(model)
+    with pytest.raises(StateError, match="guarded already"):
+        attach(model)
+    with pytest.raises(StateError, match="no parameter has a gradient"):
+        guard.step()
+    output = loss_of(model)
+    output.register_hook(lambda gradient: guard.step(1.0))
+    with pytest.raises(StateError, match="while a backward pass runs"):
+        output.backward()
+    for bad in ({"on_trigger": "explode"}, {"cooldown": -1}, {"max_trigger_rate": 0}, {"max_nonfinite": 0}):
+        with pytest.raises(ArgumentError, match="got"):
+            GuardPolicy(**bad)
+    with pytest.raises(ArgumentError, match="edge is part of"):
+        attach(net(), smoothing=Smoothing(), edge="bulk")
+    frozen = net().requires_grad_(False)
+    with pytest.raises(ArgumentError):
+        attach(frozen)
+    assert not any(parametrize.is_parametrized(module) for module in frozen.modules())
+
+
+def test_a_spiking_norm_in_step_leaves_the_guard_usable_after_an_error():
+    model = net()
+    guard = attach(model, detector=OnSteps(1))
+    guard.step(1.0)
+    with pytest.raises(StateError, match="no parameter has a gradient"):
+        guard.step()
+    assert guard.is_open  # nothing was folded, nothing was counted
+    assert guard.steps == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_transformer_encoder_reads_its_fused_weights_through_the_views(training):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).train(training)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = model(x)
+    guard = attach(model, detector=OnSteps(1))
+    assert sum(name.endswith("in_proj_weight") for name in guard.views) == 2
+    with torch.no_grad():
+        assert torch.equal(model(x), plain)  # in evaluation this is the fused fast path
+    guard.step(1.0)
+    with torch.no_grad():
+        shown = model(x)
+    guard.fold()
+    with torch.no_grad():
+        folded = model(x)
+    assert torch.equal(shown, folded)
+    assert not torch.allclose(shown, plain, atol=1e-3)
+    guard.views[next(iter(guard.views))].open()
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_autocast_training_reads_the_folded_weight():
+    model = net()
+    guard = attach(model, detector=OnSteps(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_of(model).backward()
+        guard.step()
+        shown = loss_of(model).detach()
+        guard.fold()
+        assert torch.equal(loss_of(model).detach(), shown)
+
+
+def test_compiled_without_graph_breaks_and_two_graphs():
+    torch._dynamo.reset()
+    model = net()
+    guard = attach(model, detector=OnSteps(2, 4, 6), policy=GuardPolicy(max_trigger_rate=1))
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    twin, second = net(), None
+    second = attach(twin, detector=OnSteps(2, 4, 6), policy=GuardPolicy(prepare="eager", max_trigger_rate=1))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.05) for each in (model, twin)]
+    for step in range(8):
+        for run, keeper, optimizer in zip((compiled, twin), (guard, second), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(run, step).backward()
+            keeper.step()
+            optimizer.step()
+    assert counter.frame_count == 2
+    assert guard.triggers == 3
+    assert same(snapshot(model), snapshot(twin))
+
+
+def test_compiled_fused_weights_show_what_the_fold_stores():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    guard = attach(model, detector=OnSteps(1))
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(2, 5, 16)
+    plain = compiled(x).detach()
+    guard.step(1.0)
+    shown = compiled(x).detach()
+    guard.fold()
+    assert torch.equal(compiled(x).detach(), shown)
+    assert not torch.allclose(plain, shown, atol=1e-3)
+    assert counter.frame_count == 2
+
+
+def test_a_compiled_program_that_was_not_announced_says_what_to_do():
+    torch._dynamo.reset()
+    model = net()
+    guard = attach(model, detector=OnSteps(1), policy=GuardPolicy(prepare="lazy"))
+    compiled = torch.compile(model, fullgraph=True, backend=CompileCounter())
+    guard.step(1.0)
+    with pytest.raises(Exception, match="prepare='eager'"):
+        loss_of(compiled)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spectra against float64 ``torch.linalg``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spectra import corpus, exact_bulk_level, exact_clip, gaussian, power, with_spectrum
+
+from pss_param.errors import ArgumentError, NonFiniteError
+from pss_param.spectrum import STABLE_RANK_SLACK, dominant_directions, spectral_norm, stable_rank
+
+CORPUS = corpus()
+
+
+def exact_k(W: torch.Tensor) -> int:
+    S = torch.linalg.svdvals(W.double())
+    if S[0] == 0:
+        return 0
+    sr = float((S / S[0]).square().sum())
+    return min(math.floor(sr * (1 + STABLE_RANK_SLACK)), min(W.shape) - 1)
+
+
+def smoothed(found, W):
+    """The clipped matrix in float64, free of any rounding of ours."""
+    d = (found.S - found.edge[..., None]).clamp_min(0).double()
+    return W.double() - (found.U.double() * d[..., None, :]) @ found.Vh.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CORPUS)
+def test_dominant_directions_agree_with_float64_svd(name, dtype, global_random_state_untouched):
+    if dtype == torch.float16 and name in ("huge", "tiny"):
+        pytest.skip("does not fit float16")
+    W = CORPUS[name].to(dtype)
+    S = torch.linalg.svdvals(W.double())
+    found = dominant_directions(W)
+    assert int(found.k) == exact_k(W)
+    k = int(found.k)
+    torch.testing.assert_close(found.S.double(), S[:k], rtol=2e-3, atol=1e-4 * float(S[0]))
+    edge = float(S[k]) if k < S.numel() else 0.0
+    assert float(found.edge) == pytest.approx(edge, abs=1e-3 * float(S.norm()) + 1e-38)
+    norm = float(S.norm())
+    error = float((smoothed(found, W) - exact_clip(W, k=k)).norm())
+    assert error <= float(found.error) * norm, "the certificate did not hold"
+    assert bool(found.converged)
+    assert error <= 1e-3 * norm
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_residuals_are_what_they_claim(name):
+    W = CORPUS[name].float()
+    found = dominant_directions(W)
+    scale = float(found.spectral_norm) or 1.0
+    left = (W @ found.Vh.mT - found.U * found.S).double().norm(dim=0) / scale
+    right = (W.mT @ found.U - found.Vh.mT * found.S).double().norm(dim=0) / scale
+    assert (torch.maximum(left, right) <= found.residual.double() * 1.05 + 2e-5).all()
+    k = int(found.k)
+    if k:
+        identity = torch.eye(k)
+        torch.testing.assert_close(found.U.mT @ found.U, identity, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.Vh @ found.Vh.mT, identity, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("fraction", [0.9, 0.5, 0.2])
+def test_above_finds_every_value_over_a_level(name, fraction):
+    W = CORPUS[name].float()
+    S = torch.linalg.svdvals(W.double())
+    level = fraction * float(S[0])
+    if (S / S[0].clamp_min(1e-300) - fraction).abs().min() < 1e-4:
+        level *= 1.001
+    found = dominant_directions(W, above=level)
+    assert int(found.k) == int((S > level).sum())
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_bulk_is_a_fixed_point(name):
+    W = CORPUS[name].float()
+    found = dominant_directions(W, above="bulk")
+    S = torch.linalg.svdvals(W.double())
+    exact = exact_bulk_level(W)
+    if exact <= 3e-5 * float(S[0]):  # lost in float32's rounding of S[0]
+        assert float(found.bulk_edge) == 0.0
+        return
+    assert float(found.bulk_edge) == pytest.approx(exact, rel=2e-3)
+    assert abs(int(found.k) - int((S > exact).sum())) <= 1
+
+
+@given(seed=st.integers(0, 10**6), m=st.integers(1, 40), n=st.integers(1, 40), exponent=st.floats(-6, 6))
+@settings(max_examples=60, deadline=None)
+def test_stable_rank_and_norm_match_their_definitions(seed, m, n, exponent):
+    W = gaussian(m, n, seed) * 10.0**exponent
+    S = torch.linalg.svdvals(W)
+    assert float(spectral_norm(W)) == pytest.approx(float(S[0]), rel=1e-4)
+    assert float(stable_rank(W)) == pytest.approx(float((S / S[0]).square().sum()), rel=1e-3)
+
+
+def test_zero_matrix():
+    W = torch.zeros(2, 5, 7)
+    assert stable_rank(W).tolist() == [0.0, 0.0]
+    assert spectral_norm(W).tolist() == [0.0, 0.0]
+    assert dominant_directions(W).U.shape == (2, 5, 0)
+
+
+def test_batches_of_different_k_are_padded_with_zeros_and_agree_with_single_calls():
+    batch = (
+        torch.stack([with_spectrum(180, 220, power(180, p)) for p in (0.3, 0.7, 2.0)]).float().reshape(3, 1, 180, 220)
+    )
+    found = dominant_directions(batch)
+    assert found.k.shape == (3, 1)
+    for i in range(3):
+        alone = dominant_directions(batch[i, 0])
+        k = int(alone.k)
+        assert k == int(found.k[i, 0])
+        torch.testing.assert_close(found.S[i, 0, :k], alone.S, rtol=1e-4, atol=0)
+        assert not found.S[i, 0, k:].any()
+        assert not found.U[i, 0, :, k:].any()
+
+
+def test_same_input_gives_same_bits_whatever_the_global_seed(global_random_state_untouched):
+    W = with_spectrum(300, 250, power(250, 0.7)).float()
+    first = dominant_directions(W)
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    second = dominant_directions(W)
+    torch.set_rng_state(state)
+    assert torch.equal(first.U, second.U)
+    assert torch.equal(first.Vh, second.Vh)
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit():
+    W = with_spectrum(300, 250, power(250, 0.7)).float()
+    plain, scaled = dominant_directions(W), dominant_directions(W * 2.0**20)
+    assert torch.equal(plain.U, scaled.U)
+    assert torch.equal(plain.S * 2.0**20, scaled.S)
+
+
+def test_own_generator_is_used_and_advanced():
+    W = with_spectrum(300, 250, power(250, 1.0)).float()
+    g = torch.Generator().manual_seed(7)
+    first, second = dominant_directions(W, generator=g), dominant_directions(W, generator=g)
+    again = dominant_directions(W, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(first.U, again.U)
+    assert not torch.equal(first.U, second.U)
+
+
+def test_a_tolerance_out_of_reach_is_reported():
+    found = dominant_directions(gaussian(60, 60).float(), rank=5, tol=1e-9)
+    assert not bool(found.converged)
+
+
+def test_transposed_and_strided_inputs():
+    W = with_spectrum(300, 200, power(200, 0.7)).float()
+    wide = torch.cat([W, W], dim=1)[:, :200]
+    torch.testing.assert_close(dominant_directions(wide).S, dominant_directions(W).S, rtol=1e-4, atol=0)
+    torch.testing.assert_close(dominant_directions(W.T).S, dominant_directions(W).S, rtol=1e-3, atol=0)
+
+
+def test_a_warm_start_gives_the_same_answer():
+    W = with_spectrum(400, 300, power(300, 0.5)).float()
+    cold = dominant_directions(W)
+    warm = dominant_directions(W, init=cold.Vh.mT)
+    assert int(warm.k) == int(cold.k)
+    torch.testing.assert_close(warm.S, cold.S, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("W", "options"),
+    [
+        (torch.zeros(3), {}),
+        (torch.zeros(3, 0), {}),
+        (torch.zeros(3, 3, dtype=torch.int64), {}),
+        ("text", {}),
+        (torch.eye(3), {"rank": -1}),
+        (torch.eye(3), {"rank": 1.5}),
+        (torch.eye(3), {"rank": 1, "above": 0.5}),
+        (torch.eye(3), {"above": -1.0}),
+        (torch.eye(3), {"above": "top"}),
+        (torch.eye(3), {"above": torch.ones(4)}),
+        (torch.eye(3), {"tol": 0.0}),
+    ],
+)
+def test_wrong_arguments_raise_our_error(W, options):
+    with pytest.raises(ArgumentError):
+        dominant_directions(W, **options)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_input_raises(bad):
+    W = torch.ones(4, 5, 6)
+    W[2, 3, 4] = bad
+    with pytest.raises(NonFiniteError):
+        dominant_directions(W)
