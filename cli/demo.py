@@ -41,9 +41,10 @@ _SHARE_BEFORE = 0.45
 def demo(seed: int, steps: int, keep: Path | None) -> None:
     """Watch a training run die and be rescued; takes about a minute.
 
-    A small transformer learns from the manual pages that come with Python, then dies at a learning rate 20
-    times too large. Its checkpoint is repaired as `pss-repair CKPT` would. Then three runs go on with the same
-    steps, rate and batches: from the dead checkpoint, from scratch, and from the repaired checkpoint.
+    A small transformer learns from the manual pages that come with Python. It is resumed without its optimizer
+    state at ten times its learning rate, and dies. Its checkpoint is repaired as `pss-repair CKPT` would. Then
+    three runs go on with the same steps, rate and batches, each with a fresh optimizer: from the dead
+    checkpoint, from scratch, and from the repaired checkpoint.
 
     Exits with 1 if the repaired run does not end clearly below the dead one and below the restart.
     """
@@ -98,8 +99,8 @@ def _show(recipe: Recipe, acts: Mapping[str, Act], unigram: float) -> None:
     console.print(_plot(acts, unigram, width))
     console.print(_axis(recipe, width), soft_wrap=True)
     legend = [Styled.assemble((mark, style), f" {act}") for act, (mark, style) in _MARKS.items()]
-    console.print(Styled("  ").join([Styled("      * first life"), *legend]))
-    console.print(Styled(f"      . unigram loss {unigram:.2f}: knows only how frequent characters are"))
+    console.print(Styled("  ").join([Styled.assemble(("*", "cyan"), " first life"), *legend]))
+    console.print(Styled(f". unigram loss {unigram:.2f}: letter frequencies only"))
     console.print()
     numbers = ("loss", "stable rank", "s")
     rows = table("run", *numbers, numbers=numbers)

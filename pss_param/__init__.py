@@ -1,4 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placeholder; the lead fills in the public names."""
+r"""Parametric Singularity Smoothing: keep a training run from diverging, and repair the checkpoints of one that did.
 
-from pss_param.version import __version__ as __version__
+Live, two lines in a training loop::
+
+    guard = pss.attach(model)
+    ...
+    loss.backward()
+    guard.step()
+    optimizer.step()
+
+Offline: ``pss.repair_checkpoint("checkpoint.safetensors")``, or ``pss-repair`` in a shell.
+
+Example:
+    >>> import torch, pss_param as pss
+    >>> W = torch.diag(torch.tensor([8.0, 2.0, 2.0, 2.0]))
+    >>> float(pss.stable_rank(W)), float(pss.stable_rank(pss.smooth(W, rank=1)))
+    (1.1875, 4.0)
+"""
+
+from pss_param.attaching import attach
+from pss_param.checkpoint.layout import Layout
+from pss_param.checkpoint.sniff import open_checkpoint
+from pss_param.detector import AnyOf, Detector, GradientNormRatio, Verdict
+from pss_param.errors import ArgumentError, CheckpointError, NonFiniteError, PssError, StateError
+from pss_param.event import Event
+from pss_param.export import export, plain_state_dict
+from pss_param.floor import StableRankFloor
+from pss_param.guard import Guard, detach
+from pss_param.matricize import Matricization
+from pss_param.options import Progress, RepairOptions
+from pss_param.plain import export_checkpoint
+from pss_param.policy import GuardPolicy
+from pss_param.repair import repair_checkpoint, repair_state_dict
+from pss_param.report import Report
+from pss_param.scan import ScanReport, scan_checkpoint
+from pss_param.smoothing import Correction, Smoothing, correction, smooth
+from pss_param.spectrum import DominantDirections, dominant_directions, spectral_norm, stable_rank
+from pss_param.targets import (
+    Selection,
+    Skipped,
+    Target,
+    TargetRules,
+    TensorInfo,
+    select_parameters,
+    select_tensors,
+)
+from pss_param.version import __version__
+from pss_param.view import SmoothingView
+
+__all__ = [
+    "AnyOf",
+    "ArgumentError",
+    "CheckpointError",
+    "Correction",
+    "Detector",
+    "DominantDirections",
+    "Event",
+    "GradientNormRatio",
+    "Guard",
+    "GuardPolicy",
+    "Layout",
+    "Matricization",
+    "NonFiniteError",
+    "Progress",
+    "PssError",
+    "RepairOptions",
+    "Report",
+    "ScanReport",
+    "Selection",
+    "Skipped",
+    "Smoothing",
+    "SmoothingView",
+    "StableRankFloor",
+    "StateError",
+    "Target",
+    "TargetRules",
+    "TensorInfo",
+    "Verdict",
+    "__version__",
+    "attach",
+    "correction",
+    "detach",
+    "dominant_directions",
+    "export",
+    "export_checkpoint",
+    "open_checkpoint",
+    "plain_state_dict",
+    "repair_checkpoint",
+    "repair_state_dict",
+    "scan_checkpoint",
+    "select_parameters",
+    "select_tensors",
+    "smooth",
+    "spectral_norm",
+    "stable_rank",
+]

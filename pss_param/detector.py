@@ -22,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from pss_param.errors import ArgumentError
+from pss_param.sharded import ShardedMatrix
 
 __all__ = ["AnyOf", "Detector", "GradientNormRatio", "Verdict"]
 
-WeightSource: TypeAlias = Callable[[], Mapping[str, tuple[Tensor, ...]]]
-"""Returns, by weight name, the matrices ``(..., m, n)`` that the weight acts as. Called only when needed."""
+Matrix: TypeAlias = "Tensor | ShardedMatrix"
+WeightSource: TypeAlias = Callable[[], Mapping[str, tuple[Matrix, ...]]]
+"""Returns, by weight name, the matrices ``(..., m, n)`` that the weight acts as. Called only when needed.
+A weight that is sharded comes as the linear map that it is."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pss_param.detector import Detector, Verdict, WeightSource
 from pss_param.errors import ArgumentError
+from pss_param.sharded import ShardedMatrix
 
 __all__ = ["StableRankFloor"]
 
@@ -199,7 +200,9 @@ class StableRankFloor(Detector):
         return f"fraction={self.fraction:g}, period={self.period}"
 
 
-def _frobenius(matrix: Tensor) -> Tensor:
+def _frobenius(matrix: "Tensor | ShardedMatrix") -> Tensor:
+    if isinstance(matrix, ShardedMatrix):
+        return matrix.frobenius_norm()
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=dtype)
     return norm

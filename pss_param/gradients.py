@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pss_param.errors import StateError
+from pss_param.sharded import is_sharded, whole_norm
 
 __all__ = ["drop_gradients", "gradient_norm", "scale_gradients"]
 
@@ -33,7 +34,16 @@ def gradient_norm(model: nn.Module) -> Tensor:
             "no parameter has a gradient; call guard.step() after backward() and before zero_grad(), "
             "or pass guard.step(grad_norm=...)"
         )
-    return torch.nn.utils.get_total_norm(grads)
+    # Norms of gradients on different meshes, or on none, cannot be taken together.
+    groups: dict[object, list[Tensor]] = {}
+    for grad in grads:
+        groups.setdefault(_mesh_of(grad), []).append(grad)
+    norms = [whole_norm(torch.nn.utils.get_total_norm(group)) for group in groups.values()]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _mesh_of(grad: Tensor) -> object:
+    return grad.device_mesh if is_sharded(grad) else None
 
 
 @torch.no_grad()

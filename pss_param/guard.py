@@ -27,8 +27,11 @@ from pss_param.errors import ArgumentError, NonFiniteError, StateError
 from pss_param.event import Event
 from pss_param.gradients import drop_gradients, gradient_norm, scale_gradients
 from pss_param.policy import GuardPolicy
+from pss_param.resharding import ThinSaving, reshard, resting_mesh
+from pss_param.sharded import ShardedMatrix, is_sharded, whole_norm
 from pss_param.slot import Slot, occupied_slots
 from pss_param.view import SmoothingView, refuse_inside_backward
+from pss_param.watching import Watch, refuse_line_search
 
 __all__ = ["Guard", "detach"]
 
@@ -65,6 +68,7 @@ class Guard:
         self._previewing = False
         self._warned = False
         self._padded_rank = 8
+        self._watch: Watch | None = None
         detector.bind(self._matrices)
 
     @property
@@ -87,11 +91,14 @@ class Guard:
             What was seen and done. On ``event.skip`` the gradients are gone and ``optimizer.step()`` is harmless.
 
         Raises:
-            StateError: If the guard is detached or previewing, a backward pass runs, or no gradients exist.
+            StateError: If the guard is detached, previewing or watching an optimizer, a backward pass or an LBFGS
+                step runs, or no gradients exist.
             ArgumentError: If moments are to be reset and no optimizer is given.
             NonFiniteError: After ``max_nonfinite`` non-finite gradient norms in a row.
         """
         self._require_ready("guard.step()")
+        self._refuse_second_caller()
+        refuse_line_search(optimizer)
         if self.policy.reset_moments and optimizer is None:
             raise ArgumentError("GuardPolicy(reset_moments=True) needs guard.step(optimizer=optimizer)")
         norm = gradient_norm(self.model) if grad_norm is None else grad_norm
@@ -102,6 +109,33 @@ class Guard:
             return self._tell(self._skip_nonfinite(value))
         self.nonfinite = 0
         return self._tell(self._act(value, self.detector.judge(value, seen)))
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> Watch:
+        r"""Step before every ``optimizer.step()`` from now on, where the loop itself cannot be changed.
+
+        A fallback: behind ``clip_grad_norm_`` it sees clipped norms only, and warns. The factor of a gradient scaler
+        is taken out. Of several optimizers watch the one that steps first.
+
+        Args:
+            optimizer: The optimizer; watching the same one again changes nothing.
+
+        Returns:
+            The handle; ``handle.remove()`` ends it, and so does :meth:`detach`.
+
+        Raises:
+            StateError: If another optimizer is watched, the optimizer is LBFGS, or the guard is detached or
+                previewing.
+        """
+        self._require_ready("guard.watch()")
+        refuse_line_search(optimizer)
+        if self._watch is None or self._watch.optimizer is None:
+            self._watch = Watch(self, optimizer)
+        if self._watch.optimizer is not optimizer:
+            raise StateError(
+                "the guard watches another optimizer already, and two of them would step it twice; remove() that "
+                "handle, or call guard.step() in the loop"
+            )
+        return self._watch
 
     def fold(self) -> None:
         r"""Write every pending smoothing into the stored weights now and close the gates.
@@ -139,9 +173,7 @@ class Guard:
         shown = [view for view in self.views.values() if not view.is_open]
         self._previewing = True
         try:
-            for view in shown:
-                view.open()
-            self._prepare(shown)
+            self._open(shown)
             yield
             _require_no_pending(shown)
         finally:
@@ -159,6 +191,8 @@ class Guard:
             self._require_ready("guard.detach()")
             detach(self.model)
             self._attached = False
+            if self._watch is not None:
+                self._watch.remove()
 
     def state_dict(self) -> dict[str, Any]:
         r"""Everything that a bit-exact resumption needs besides the model's own ``state_dict``.
@@ -243,13 +277,20 @@ class Guard:
             raise StateError(f"{call} inside guard.preview(); leave the preview first")
         refuse_inside_backward(f"{call} cannot run")
 
+    def _refuse_second_caller(self) -> None:
+        if self._watch is not None and self._watch.optimizer is not None and not self._watch.stepping:
+            raise StateError(
+                "guard.watch(optimizer) steps this guard already, and a second step would count the gradient twice; "
+                "drop this call, or remove() the handle that watch() returned"
+            )
+
     def _matrices(self) -> dict[str, tuple[Tensor, ...]]:
-        return {
-            name: view.matricization.split(self._slots[name][0].weight.detach()) for name, view in self.views.items()
-        }
+        return {name: _matrices_of(self._slots[name][0].weight, view) for name, view in self.views.items()}
 
     def _fold_and_reset(self, optimizer: torch.optim.Optimizer | None) -> None:
         pending = [name for name, view in self.views.items() if view.is_open]
+        if pending:
+            reshard(self.model)
         for name in pending:
             weight = self._slots[name][0].weight
             self.views[name].fold_(weight)
@@ -278,9 +319,7 @@ class Guard:
             return Event(self.steps, False, norm, verdict.ratio, held)
         names = tuple(self.views) if verdict.names is None else verdict.names
         views = [self.views[name] for name in names]
-        for view in views:
-            view.open()
-        self._prepare(views)
+        self._open(views)
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
         return Event(
             self.steps,
@@ -300,9 +339,20 @@ class Guard:
             scale_gradients(self.model, verdict.limit / norm)
         return False
 
+    def _open(self, views: Sequence[SmoothingView]) -> None:
+        reshard(self.model)
+        for view in views:
+            view.open()
+            slot = self._slots[view.label][0]
+            view.resting = resting_mesh(self.model, slot.module, slot.weight)
+        self._prepare(views)
+
     def _prepare(self, views: Sequence[SmoothingView]) -> None:
         eager = self.policy.prepare == "eager" or (self.policy.prepare == "auto" and anything_compiled(self.model))
         if not eager:
+            for view in views:
+                if view.resting is not None:
+                    view.thin = ThinSaving(view, self._slots[view.label][0].module)
             return
         for name, view in self.views.items():
             if view.is_open and view in views:
@@ -318,15 +368,14 @@ class Guard:
             _log.warning("%s", event)
         elif event.reason:
             _log.info("%s", event)
-        limit = self.policy.max_trigger_rate
-        if not self._warned and self.steps >= 100 and self.triggers > limit * self.steps:
+        if not self._warned and self.policy.over_budget(self.triggers, self.steps):
             self._warned = True
             _log.warning(
                 "step %d: %d triggers are more than %g %% of the steps; lower the learning rate, raise the "
                 "detector's threshold, or set GuardPolicy(cooldown=...)",
                 self.steps,
                 self.triggers,
-                100 * limit,
+                100 * self.policy.max_trigger_rate,
             )
         return event
 
@@ -350,6 +399,7 @@ def detach(model: nn.Module) -> None:
         >>> type(twin[0]) is nn.Linear, guard.is_open
         (True, False)
     """
+    reshard(model)
     occupied = list(occupied_slots(model))
     for slot, view in occupied:
         view.fold_(slot.weight)
@@ -364,10 +414,19 @@ def _view_at(slot: Slot) -> SmoothingView:
     return view
 
 
+def _matrices_of(weight: Tensor, view: SmoothingView) -> "tuple[Tensor | ShardedMatrix, ...]":
+    weight = weight.detach()
+    if not is_sharded(weight):
+        return view.matricization.split(weight)
+    if view.matricization.linear:
+        return (ShardedMatrix(weight),)
+    return view.matricization.split(weight.full_tensor())
+
+
 def _fetch(norm: float | Tensor, looks: Sequence[Tensor]) -> tuple[float, list[list[float]]]:
     """Bring norm and measurements to the host in one transfer."""
-    if isinstance(norm, Tensor) and hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()  # a sharded norm: every rank takes part
+    if isinstance(norm, Tensor):
+        norm = whole_norm(norm)  # of a sharded norm every rank takes part
     if not any(look.numel() for look in looks):
         return float(norm), [[] for _ in looks]
     device = next(look.device for look in looks if look.numel())

@@ -14,7 +14,16 @@ from pss_param.smoothing import Smoothing
 from pss_param.targets import TargetRules
 
 StateDict = Mapping[str, Any]
+Stage = Literal["copy", "repair", "verify", "scan"]
 Reference = str | os.PathLike[str] | StateDict
+
+
+WORDS = {
+    "nonfinite": ("refuse", "reference"),
+    "where": ("all", "drifted"),
+    "optimizer": ("keep", "reset", "reset-all"),
+}
+"""Options of few words, with the words."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +31,13 @@ class Progress:
     r"""One step of the work.
 
     Args:
-        stage: ``"copy"``, ``"repair"`` or ``"scan"``.
+        stage: ``"copy"``, ``"repair"``, ``"verify"`` or ``"scan"``.
         name: the tensor at work, or empty.
         done: bytes of this stage that are done.
         total: bytes of this stage.
     """
 
-    stage: Literal["copy", "repair", "scan"]
+    stage: Stage
     name: str
     done: int
     total: int
@@ -54,7 +63,17 @@ class RepairOptions:
         include: patterns of names to take as well.
         exclude: patterns of names to leave alone; wins over everything.
         per_head: whether each attention head is a matrix of its own.
-        reference: a healthy checkpoint (path or state dict) for ``edge="reference"``.
+        reference: a healthy checkpoint of any format (path or state dict): for ``edge="reference"``,
+            ``nonfinite="reference"`` and ``where="drifted"``; drift against it is reported in any case.
+        nonfinite: what to do with tensors that hold NaN or infinity: ``"refuse"`` the checkpoint, or take them
+            from the ``"reference"``; those are not smoothed.
+        where: which targets to smooth: ``"all"``, or those that ``"drifted"`` from the reference.
+        drifted_below: a tensor has drifted where the stable rank of one of its matrices is below this fraction
+            of the reference's.
+        optimizer: moments of the optimizer: ``"keep"`` them, ``"reset"`` those of the repaired parameters to
+            their initial state, or ``"reset-all"``.
+        param_order: file of :func:`pss_param.write_param_order`, where the state numbers its parameters.
+        verify: whether to read the copy again before it gets its name.
         device: where to compute: ``"auto"`` (a CUDA device if there is one), ``"cpu"``, ``"cuda:1"``, ...
         seed: of the random start of the iteration; the same seed and device give the same bytes.
     """
@@ -69,6 +88,12 @@ class RepairOptions:
     exclude: tuple[str, ...] = ()
     per_head: bool = False
     reference: Reference | None = None
+    nonfinite: str = "refuse"
+    where: str = "all"
+    drifted_below: float = 0.5
+    optimizer: str = "keep"
+    param_order: str | os.PathLike[str] | None = None
+    verify: bool = True
     device: str = "auto"
     seed: int = 0
 
@@ -78,15 +103,22 @@ class RepairOptions:
         Raises:
             ArgumentError: a value breaks a rule.
         """
-        if (self.edge == "reference") != (self.reference is not None):
-            raise ArgumentError(
-                'edge="reference" and a reference checkpoint belong together: pass both '
-                "(--edge reference --reference GOOD) or neither"
-            )
+        self._check_words()
+        wanting = {'edge="reference"': self.edge, 'nonfinite="reference"': self.nonfinite, 'where="drifted"': self.where}
+        for words, value in wanting.items():
+            if value in {"reference", "drifted"} and self.reference is None:
+                raise ArgumentError(f"{words} needs a healthy checkpoint; pass reference (--reference GOOD)")
+        if not 0 < self.drifted_below <= 1:
+            raise ArgumentError(f"drifted_below must be above 0 and at most 1, got {self.drifted_below:g}")
         if self.init_std is not None and self.edge != "init":
             raise ArgumentError(f'init_std is only used by edge="init", the edge is {self.edge!r}')
         self.rules()
         self.rule()
+
+    def _check_words(self) -> None:
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise ArgumentError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
 
     def rules(self) -> TargetRules:
         r"""Which weights.
@@ -121,8 +153,9 @@ class RepairOptions:
             content["smoothing"] = getattr(self.smoothing, "__qualname__", repr(self.smoothing))
         if isinstance(self.reference, Mapping):
             content["reference"] = "state dict"
-        elif self.reference is not None:
-            content["reference"] = os.fspath(self.reference)
+        for name in ("reference", "param_order"):
+            if isinstance(content[name], os.PathLike):
+                content[name] = os.fspath(content[name])
         return {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
 
 

@@ -26,8 +26,9 @@ class GuardPolicy:
             (threshold times average; a detector without a norm scales nothing). ``"smooth_and_skip"``: it is dropped
             (set to None).
         cooldown: Steps after a trigger in which another one is held back; 0 as published.
-        max_trigger_rate: A share of the steps, in (0, 1]; more triggers than that are warned of, once per run,
-            after the first hundred steps. The published rate is below 0.0025.
+        max_trigger_rate: The budget as a share of the steps, in (0, 1]; more triggers are warned of, once per run.
+            It is granted for the first 500 steps at once (0.01: five triggers), because most come early. The published
+            rate is below 0.0025.
         max_nonfinite: Non-finite gradient norms in a row that are skipped before an error is raised, at least 1.
         reset_moments: Whether the optimizer's state of a smoothed weight is cleared when the smoothing is folded.
             Needs ``guard.step(optimizer=...)``.
@@ -50,6 +51,22 @@ class GuardPolicy:
     reset_moments: bool = False
     prepare: Prepare = "auto"
     seed: int = 0
+
+    def over_budget(self, triggers: int, steps: int) -> bool:
+        r"""Tell whether there were more triggers than the budget grants.
+
+        Args:
+            triggers: Triggers so far.
+            steps: Steps so far.
+
+        Returns:
+            Whether the triggers exceed their share of the steps, or of 500 steps while there are fewer.
+
+        Example:
+            >>> GuardPolicy().over_budget(5, 20), GuardPolicy().over_budget(6, 20), GuardPolicy().over_budget(6, 600)
+            (False, True, False)
+        """
+        return triggers > self.max_trigger_rate * max(steps, 500)
 
     def __post_init__(self) -> None:
         r"""Check the ranges.

@@ -7,94 +7,20 @@ This module knows names and tensors; where their bytes lie is the business of :m
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from pss_param.checkpoint import Editor, Layout, StagedFile, open_checkpoint
 from pss_param.checkpoint.transfer import write_all
-from pss_param.errors import ArgumentError
-from pss_param.finite import count_nonfinite, refuse_nonfinite
-from pss_param.options import Progress, ProgressHook, RepairOptions
-from pss_param.plan import Plan, StateDictSource, TensorSource, make_plan
-from pss_param.report import Report, TensorReport, report_path
-from pss_param.surgery import Surgeon
-
-
-@dataclass(frozen=True)
-class Job:
-    r"""One run over a source.
-
-    Args:
-        source: where tensors come from.
-        plan: which are smoothed.
-        options: how.
-        where: name of the source, for messages.
-        progress: told of every tensor.
-    """
-
-    source: TensorSource
-    plan: Plan
-    options: RepairOptions
-    where: str
-    progress: ProgressHook | None
-
-    def tell(self, stage: Literal["copy", "repair"], name: str, done: int, total: int) -> None:
-        r"""Pass a step on.
-
-        Args:
-            stage: see :class:`Progress`.
-            name: see :class:`Progress`.
-            done: see :class:`Progress`.
-            total: see :class:`Progress`.
-        """
-        if self.progress is not None:
-            self.progress(Progress(stage, name, done, total))
-
-
-def run(job: Job, put: Callable[[str, Tensor], None] | None) -> tuple[TensorReport, ...]:
-    r"""Check every floating tensor and smooth the targets; one tensor is in memory at a time.
-
-    Args:
-        job: what to do.
-        put: takes every changed tensor; None to compute only.
-
-    Returns:
-        One report per target, in the source's order. A :class:`NonFiniteError` says which tensors hold NaN or
-        infinity, or would after the cast to their stored type.
-
-    Raises:
-        ArgumentError: there is no target.
-    """
-    if not job.plan.targets:
-        raise ArgumentError(
-            f"no tensor of {job.where} is a target under targets={job.options.targets!r}; "
-            "see the reasons with `pss-repair scan --skipped`, then use --targets all or --include"
-        )
-    reports: list[TensorReport] = []
-    bad: dict[str, int] = {}
-    floats = {name: stored for name, stored in job.source.tensors.items() if stored.floating}
-    total, done = sum(stored.nbytes for stored in floats.values()), 0
-    with Surgeon(job.options) as surgeon:
-        for name, stored in floats.items():
-            job.tell("repair", name, done, total)
-            if count := count_nonfinite(job.source.blocks(name)):
-                bad[name] = count
-            elif name in job.plan.targets and not bad:
-                reports.append(_operate(job, surgeon, name, put))
-            done += stored.nbytes
-    job.tell("repair", "", total, total)
-    refuse_nonfinite(bad, job.where)
-    return tuple(reports)
-
-
-def _operate(job: Job, surgeon: Surgeon, name: str, put: Callable[[str, Tensor], None] | None) -> TensorReport:
-    value, report = surgeon.smooth(job.plan.targets[name], job.source.read(name))
-    if put is not None and report.changed:
-        put(name, value)
-    return report
+from pss_param.operation import Job, Outcome, operate
+from pss_param.optimizer_edit import OptimizerEditor
+from pss_param.options import ProgressHook, RepairOptions
+from pss_param.plan import StateDictSource, make_plan
+from pss_param.report import OptimizerReport, Report, report_path
+from pss_param.surgery import digest
 
 
 def repair_state_dict(
@@ -135,10 +61,9 @@ def repair_state_dict(
         for alias in aliases[source.tensors[name].storage]:
             result[alias] = value
 
-    tensors = run(Job(source, plan, options, "the state dict", progress), put)
-    seconds = time.perf_counter() - start
-    report = Report(None, None, "state_dict", options.to_dict(), tensors, plan.skipped, seconds)
-    return result, report
+    outcome = operate(Job(source, plan, options, "the state dict", progress), put)
+    report = Report(None, None, "state_dict", options.to_dict(), outcome.tensors, {}, 0.0)
+    return result, _completed(report, outcome, start)
 
 
 def repair_checkpoint(
@@ -156,7 +81,7 @@ def repair_checkpoint(
     under its name when it is complete, or not at all.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, a file or a folder.
         output: name of the copy; None for :func:`default_output`.
         options: what to smooth and how; None for the defaults.
         force: whether an existing output may be replaced.
@@ -173,44 +98,73 @@ def repair_checkpoint(
     options, start = options or RepairOptions(), time.perf_counter()
     destination = default_output(path) if output is None else Path(output)
     with open_checkpoint(path) as layout:
-        plan = make_plan(layout, options.rules())
-        job = Job(layout, plan, options, str(path), progress)
+        optimizers = OptimizerEditor(layout, options.optimizer, options.param_order)
+        job = Job(layout, make_plan(layout, options.rules()), options, str(path), progress, optimizers)
+        where = None if dry_run else str(destination)
+        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0)
+        if dry_run:
+            return _completed(report, _with_optimizer(job, optimizers, None), start)
+        return _write(job, layout, optimizers, (destination, force), lambda found: _completed(report, found, start))
 
-        def report(tensors: tuple[TensorReport, ...]) -> Report:
-            where = None if dry_run else str(destination)
-            seconds = time.perf_counter() - start
-            return Report(str(path), where, layout.format, options.to_dict(), tensors, plan.skipped, seconds)
 
-        return report(run(job, None)) if dry_run else _write(job, layout, destination, force, report)
+def _completed(report: Report, outcome: Outcome, start: float) -> Report:
+    return replace(
+        report,
+        tensors=outcome.tensors,
+        skipped=outcome.skipped,
+        restored=outcome.restored,
+        drift=outcome.drift,
+        optimizer=outcome.optimizer,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _write(
     job: Job,
     layout: Layout,
-    destination: Path,
-    force: bool,
-    make_report: Callable[[tuple[TensorReport, ...]], Report],
+    optimizers: OptimizerEditor,
+    where: tuple[Path, bool],
+    make_report: Callable[[Outcome], Report],
 ) -> Report:
+    destination, force = where
     with (
         Editor(layout, destination, force) as editor,
         StagedFile(report_path(destination), force=True) as beside,
     ):
         total = sum(layout.stat(file).st_size for file in layout.files)
-        done = 0
-
-        def advance(step: int) -> None:
-            nonlocal done
-            done += step
-            job.tell("copy", "", done, total)
-
-        editor.copy(advance)
-        report = make_report(run(job, editor.write))
-        editor.finish()
+        editor.copy(job.counter("copy", total))
+        report = make_report(_with_optimizer(job, optimizers, editor.write))
+        editor.finish(job.options.verify, job.counter("verify", total))
         write_all(beside.fd, 0, report.to_json().encode())
+        editor.check_free()
         # The report first: no repaired checkpoint is ever seen without one.
         beside.publish()
-        editor.publish()
+        try:
+            editor.publish()
+        except BaseException:
+            if not destination.exists():
+                report_path(destination).unlink(missing_ok=True)
+            raise
     return report
+
+
+def _with_optimizer(job: Job, optimizers: OptimizerEditor, put: Callable[[str, Tensor], None] | None) -> Outcome:
+    written: dict[str, str] = {}
+
+    def note(name: str, value: Tensor) -> None:
+        if name not in job.source.tensors:
+            written[name] = digest(value)
+        if put is not None:
+            put(name, value)
+
+    optimizers.check([alias for name in job.plan.targets for alias in job.aliases(name)])
+    outcome = operate(job, note)
+    repaired = [*(tensor.name for tensor in outcome.tensors if tensor.changed), *outcome.restored]
+    reset = optimizers.reset([job.aliases(name) for name in repaired], note)
+    report = OptimizerReport(
+        job.options.optimizer, len(optimizers.states), reset, outcome.masters, written, optimizers.origin
+    )
+    return replace(outcome, optimizer=report)
 
 
 def default_output(path: str | os.PathLike[str]) -> Path:

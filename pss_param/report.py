@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pss_param.checkpoint.write import REPORT_SUFFIX
 from pss_param.version import __version__
 
 SCHEMA = "pss-param/repair-report/1"
-SUFFIX = ".pss.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class TensorReport:
         changed: whether its bytes differ from the input's.
         relative_change: :math:`\|W^* - W\|_F / \|W\|_F` after the cast to the stored type, dimensionless.
         matrices: one entry per matrix.
+        digest: SHA-256 of the new bytes in row-major order; empty where nothing changed.
     """
 
     name: str
@@ -67,11 +68,92 @@ class TensorReport:
     changed: bool
     relative_change: float
     matrices: tuple[MatrixReport, ...]
+    digest: str = ""
 
     @property
     def worst(self) -> MatrixReport:
         r"""The matrix whose stable rank was the lowest."""
         return min(self.matrices, key=lambda matrix: matrix.stable_rank[0])
+
+
+@dataclass(frozen=True)
+class MatrixDrift:
+    r"""One matrix in two checkpoints.
+
+    Args:
+        part: which matrix of the tensor; empty where there is only one.
+        shape: ``(m, n)``.
+        stable_rank: in the reference and here, dimensionless.
+        spectral_norm: in the reference and here, in the units of the weight.
+    """
+
+    part: str
+    shape: tuple[int, int]
+    stable_rank: tuple[float, float]
+    spectral_norm: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        r"""Stable rank here over that of the reference; 1 where the reference is zero."""
+        return self.stable_rank[1] / self.stable_rank[0] if self.stable_rank[0] else 1.0
+
+
+@dataclass(frozen=True)
+class TensorDrift:
+    r"""One tensor in two checkpoints.
+
+    Args:
+        name: its key here.
+        role: what it does in the model.
+        block: index of its layer, or None.
+        distance: :math:`\|W - R\|_F / \|R\|_F` from the reference :math:`R`, dimensionless.
+        matrices: one entry per matrix.
+    """
+
+    name: str
+    role: str
+    block: int | None
+    distance: float
+    matrices: tuple[MatrixDrift, ...]
+
+    @property
+    def worst(self) -> MatrixDrift:
+        r"""The matrix whose stable rank fell most."""
+        return min(self.matrices, key=lambda matrix: matrix.ratio)
+
+
+@dataclass(frozen=True)
+class Restored:
+    r"""One tensor that was taken from the reference because it held NaN or infinity.
+
+    Args:
+        nonfinite: how many of its values were not finite.
+        digest: SHA-256 of the new bytes in row-major order.
+    """
+
+    nonfinite: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class OptimizerReport:
+    r"""What was done to the optimizer states of a checkpoint.
+
+    Args:
+        mode: what was asked for: ``"keep"``, ``"reset"`` or ``"reset-all"``.
+        states: how many optimizer states the checkpoint has.
+        reset: parameters whose state is initial now, by name, or by number where names were not needed.
+        masters: keys of float32 copies of weights that were repaired with them.
+        written: SHA-256 of the new bytes by key, of every tensor that was written.
+        order: where the order of numbered parameters was taken from, or empty.
+    """
+
+    mode: str = "keep"
+    states: int = 0
+    reset: tuple[str, ...] = ()
+    masters: tuple[str, ...] = ()
+    written: Mapping[str, str] = field(default_factory=dict)
+    order: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +168,9 @@ class Report:
         tensors: the targets, in the checkpoint's order.
         skipped: the other tensors with the reason, in the checkpoint's order.
         seconds: wall time.
+        restored: tensors taken from the reference, by name.
+        drift: how far each target had moved from the reference before the repair; empty without one.
+        optimizer: what was done to the optimizer's state.
 
     Example:
         >>> report = Report(None, None, "state_dict", {"edge": "bulk"}, (), {"ids": "integers"}, 0.0)
@@ -100,6 +185,9 @@ class Report:
     tensors: tuple[TensorReport, ...]
     skipped: Mapping[str, str]
     seconds: float
+    restored: Mapping[str, Restored] = field(default_factory=dict)
+    drift: tuple[TensorDrift, ...] = ()
+    optimizer: OptimizerReport = field(default_factory=OptimizerReport)
     version: str = __version__
     schema: str = field(default=SCHEMA)
 
@@ -139,10 +227,26 @@ class Report:
             ValueError: the text has another schema.
         """
         content = json.loads(text)
-        if content.get("schema") != SCHEMA:
-            raise ValueError(f"the report has the schema {content.get('schema')!r}, this version reads {SCHEMA!r}")
-        content["tensors"] = tuple(_tensor(entry) for entry in content["tensors"])
-        return cls(**content)
+        found = content.get("schema") if isinstance(content, dict) else None
+        if found != SCHEMA:
+            raise ValueError(f"the report has the schema {found!r}, this version reads {SCHEMA!r}")
+        try:
+            return cls(**_parsed(content))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the report is damaged: {str(error)[:100]}") from None
+
+
+def _parsed(content: Mapping[str, Any]) -> dict[str, Any]:
+    optimizer = content["optimizer"]
+    return {
+        **content,
+        "tensors": tuple(_tensor(entry) for entry in content["tensors"]),
+        "restored": {name: Restored(**entry) for name, entry in content["restored"].items()},
+        "drift": tuple(_drift(entry) for entry in content["drift"]),
+        "optimizer": OptimizerReport(
+            **{**optimizer, "reset": tuple(optimizer["reset"]), "masters": tuple(optimizer["masters"])}
+        ),
+    }
 
 
 def report_path(output: Path) -> Path:
@@ -158,14 +262,21 @@ def report_path(output: Path) -> Path:
         >>> report_path(Path("runs/x.repaired.safetensors")).name
         'x.repaired.safetensors.pss.json'
     """
-    return output.with_name(output.name + SUFFIX)
+    return output.with_name(output.name + REPORT_SUFFIX)
 
 
-def _tensor(entry: dict[str, Any]) -> TensorReport:
-    matrices = tuple(_matrix(matrix) for matrix in entry.pop("matrices"))
+def _tensor(entry: Mapping[str, Any]) -> TensorReport:
+    matrices = tuple(_matrix(matrix) for matrix in entry["matrices"])
     return TensorReport(**{**entry, "shape": tuple(entry["shape"]), "matrices": matrices})
 
 
-def _matrix(entry: dict[str, Any]) -> MatrixReport:
-    pairs = {key: tuple(entry[key]) for key in ("shape", "stable_rank", "spectral_norm")}
-    return MatrixReport(**{**entry, **pairs})
+def _matrix(entry: Mapping[str, Any]) -> MatrixReport:
+    return MatrixReport(**{**entry, **_pairs(entry)})
+
+
+def _drift(entry: Mapping[str, Any]) -> TensorDrift:
+    return TensorDrift(**{**entry, "matrices": tuple(MatrixDrift(**{**m, **_pairs(m)}) for m in entry["matrices"])})
+
+
+def _pairs(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(entry[key]) for key in ("shape", "stable_rank", "spectral_norm")}

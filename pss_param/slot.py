@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pss_param.errors import ArgumentError, StateError
+from pss_param.sharded import is_sharded
 from pss_param.view import SmoothingView
 
 __all__ = ["Slot", "occupied_slots"]
@@ -56,6 +57,9 @@ class _InPlaceList(parametrize.ParametrizationList):
         key = prefix.removesuffix(f"parametrizations.{name}.") + name
         if self.view.is_open and key in destination:
             with torch.no_grad():
+                if is_sharded(self.original):
+                    # The next forward pass has to show the bits that are saved here, and sees the weight whole.
+                    self.view.prepare(self.original)
                 destination[key] = self.view.smoothed(self.original).detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -86,8 +86,9 @@ def softplus(S: Tensor, edge: Tensor) -> Tensor:
 
 
 def log(S: Tensor, edge: Tensor) -> Tensor:
-    r"""The value ``edge * (1 + log(s / edge))`` above the edge: the published logarithm, scaled so that it meets the
-    edge smoothly.
+    r"""The published logarithm, scaled so that it meets the edge smoothly.
+
+    .. math:: f(s) = c \,(1 + \log(s / c)) \quad \text{above the edge } c, \text{ else } s
 
     Args:
         S: dominant singular values in descending order, ``(k,)``.
@@ -435,9 +436,12 @@ def _dominant_set(
             rank = min(rank, min(W.shape[-2:]) - 1)  # one value must be left to be the edge
         found = dominant_directions(W, rank, tol=smoothing.tol, generator=generator, init=init)
         return found, found.edge
-    above = "bulk" if smoothing.edge == "bulk" else smoothing.level(*W.shape[-2:]) if W.dim() >= 2 else 0.0
-    found = dominant_directions(W, above=above, tol=smoothing.tol, generator=generator, init=init)
-    return found, found.bulk_edge if above == "bulk" else torch.full_like(found.edge, above)
+    if smoothing.edge == "bulk":
+        found = dominant_directions(W, above="bulk", tol=smoothing.tol, generator=generator, init=init)
+        return found, found.bulk_edge
+    level = smoothing.level(*W.shape[-2:]) if W.dim() >= 2 else 0.0
+    found = dominant_directions(W, above=level, tol=smoothing.tol, generator=generator, init=init)
+    return found, torch.full_like(found.edge, level)
 
 
 def _falls(found: DominantDirections, level: Tensor, shape: ShapeFunction) -> Tensor:

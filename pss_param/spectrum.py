@@ -4,53 +4,25 @@ r"""Spectra of weight matrices: stable rank, spectral norm and certified dominan
 Pure functions on ``(..., m, n)``: any floating dtype in, arithmetic in float32 or wider with autocast off, no
 gradients, no global random state. Batches are worked on in chunks that fit a memory budget.
 
-# Note [Which algorithm serves which matrix]
-Every matrix starts on the block Krylov iteration of :mod:`pss_param.krylov`. Its measured residuals decide when it
-stops and its Ritz values decide how wide the block must be. When the basis that the wanted values need would fill
-half of the smaller dimension, thin products no longer pay, and the whole spectrum is computed instead; so tiny
-matrices, flat spectra with many wanted values, and tolerances beyond the reach of an iteration all end there,
-without a size being written down anywhere.
-
-# Note [What the certificate says]
-Let ``h(s) = s - f(s)`` be what a smoothing takes from a singular value: zero up to the edge ``c`` and 1-Lipschitz
-above it, so ``W* = W - h(W)``. Rayleigh-Ritz gives orthonormal ``U, V`` with ``W V = U S`` and ``R = W^T U - V S``.
-Then ``U, S, V`` are exact triplets of ``W - U R^T``, and a Lipschitz function of singular values is Lipschitz in the
-Frobenius norm, so the error of the smoothed matrix is at most ``||R||_F``. A triplet near the edge converges last
-but hardly moves: leaving triplets ``j+1 .. k`` out changes the correction by their ``h(s) <= s - c``, and so, for
-every ``j``,
-
-    error <= ||R[:j]||_F + 2 ||(S - c)[j:k]||_2 + ||(S + |R| - c)_+[k:]||_2 + sqrt(k) * |c - c_exact| + rounding,
-
-where the third term is what Ritz values below the edge may hide, each having a true value within its own residual,
-and of which the smallest over ``j`` is taken. The error of the edge obeys Weyl's bound ``||R[:k+1]||`` and the
-quadratic one ``||R[:j]||^2 / (S[k] - S[j])`` (Mathias 1998); the smaller counts. That no direction above the edge
-was missed altogether is certain only in probability: the start is Gaussian and wider than the wanted set (Note
-[Width of the block]).
+Which algorithm serves which matrix stands in :mod:`pss_param.solver`; what the certificate says, and how ``k`` is
+decided, in :mod:`pss_param.certificate`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from pss_param.certificate import STABLE_RANK_SLACK, Request, stable_rank_of
 from pss_param.errors import ArgumentError, NonFiniteError
-from pss_param.krylov import Krylov, Ritz
+from pss_param.sharded import ShardedMatrix, is_sharded
+from pss_param.solver import Found, solve, solve_sharded
 
-# Note [An integer stable rank]: k copies of one value have SR = k exactly, and rounding must not decide between k and
-# k - 1. A stable rank within this relative distance below an integer counts as the integer, on every device alike.
-STABLE_RANK_SLACK = 1e-4
-
-_FIRST_BLOCK = 16
-_OVERSAMPLING = 6
-# Below this level (over ||W||_F) the bulk's energy is lost in the rounding of a difference and is summed value by
-# value.
-_FAINT_BULK = 1e-3
-_CPU_CHUNK = 1 << 18  # elements of W worked on at once; larger batches of larger matrices do not run faster on a CPU
-_CUDA_CHUNK = 1 << 29
+_SEED = 0x50555
+_NOT_FINITE = "W must be finite, got NaN or infinity; take the weight from a checkpoint before the blow-up"
 
 
 @dataclass(frozen=True)
@@ -190,17 +162,120 @@ def dominant_directions(
     References:
         PSS, arXiv 2602.01308 (the decomposition, ``k``); Halko, Martinsson and Tropp, SIAM Review 53 (2011).
     """
+    _check_request(rank, above, tol)
+    if is_sharded(W):
+        return _of_sharded(ShardedMatrix(W, batched=True), (rank, above, tol), generator, init)
     W = checked_matrices(W)
-    _check_request(W, rank, above, tol)
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
-    levels = None if above is None or isinstance(above, str) else _levels(above, flat, batch)
-    request = _Request(rank, above == "bulk" if isinstance(above, str) else False, levels, tol)
+    norms = frobenius_norm(flat)
+    requests = _requests(rank, above, tol, batch, norms)
+    start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
     with torch.autocast(W.device.type, enabled=False):
-        found = _in_chunks(flat, request, generator, init)
-    return DominantDirections(
-        *(getattr(found, f.name).unflatten(0, batch) if batch else getattr(found, f.name)[0] for f in fields(found))
+        found = solve(flat, norms, requests, _seed(generator), start)
+        return _gathered(found, norms, requests, batch, flat)
+
+
+def _of_sharded(
+    W: ShardedMatrix,
+    wanted: tuple[int | None, float | Tensor | str | None, float],
+    generator: torch.Generator | None,
+    init: Tensor | None,
+) -> DominantDirections:
+    norms = W.frobenius_norm()
+    if not bool(torch.isfinite(norms).all()):
+        raise NonFiniteError(_NOT_FINITE)
+    rank, above, tol = wanted
+    requests = _requests(rank, above, tol, torch.Size(), norms)
+    tall = W.shape[1] >= W.shape[2]
+    if init is not None:
+        init = init.to(W.device, W.dtype)[None] if tall else W @ init.to(W.device, W.dtype)[None]
+    with torch.autocast(W.device.type, enabled=False):
+        found = solve_sharded(W if tall else W.mT, norms, requests[0], _seed(generator), init)
+        if not tall:
+            found = replace(found, U=found.Vh.mT, Vh=found.U.mT)
+        return _gathered([found], norms, requests, torch.Size(), found.U)
+
+
+def _gathered(
+    found: list[Found], norms: Tensor, requests: list[Request], batch: torch.Size, like: Tensor
+) -> DominantDirections:
+    """Results of single matrices as one batch in the units of ``W``, padded with zeros to the largest ``k``."""
+    units = norms.to(like.dtype)
+    width = max((one.verdict.k for one in found), default=0)
+    tops = [one.top for one in found]
+
+    def numbers(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+    def padded(name: str) -> Tensor:
+        parts: list[Tensor] = [getattr(one, name) for one in found]
+        if not parts:
+            m, n = like.shape[-2:]
+            return like.new_zeros({"U": (0, m, 0), "Vh": (0, 0, n)}.get(name, (0, 0)))
+        missing = [width - one.verdict.k for one in found]
+        pads = [(0, 0, 0, gap) if name == "Vh" else (0, gap) for gap in missing]
+        return torch.stack([torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
+
+    top = numbers([value or 1.0 for value in tops])
+    errors = [one.verdict.error for one in found]
+    flat = DominantDirections(
+        U=padded("U"),
+        S=padded("S") * units[:, None],
+        Vh=padded("Vh"),
+        edge=numbers([one.verdict.edge for one in found]) * units,
+        k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device),
+        stable_rank=numbers([stable_rank_of(value) for value in tops]),
+        spectral_norm=numbers(tops) * units,
+        bulk_edge=numbers([one.verdict.bulk_edge for one in found]) * units,
+        residual=padded("residual") / top[:, None],
+        error=numbers(errors),
+        converged=torch.tensor(
+            [e <= r.tol for e, r in zip(errors, requests, strict=True)], device=like.device, dtype=torch.bool
+        ),
     )
+    return DominantDirections(*(_shaped(getattr(flat, f.name), batch) for f in fields(flat)))
+
+
+def _check_request(rank: int | None, above: float | Tensor | str | None, tol: float) -> None:
+    if rank is not None and above is not None:
+        raise ArgumentError("rank and above exclude each other; pass the one that you mean")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
+        raise ArgumentError(f"rank must be an integer of at least 0, got {rank!r}; pass None for floor(stable rank)")
+    if isinstance(above, str) and above != "bulk":
+        raise ArgumentError(f"above must be a number, a tensor or 'bulk', got {above!r}")
+    if not 0 < tol < 1:
+        raise ArgumentError(f"tol must lie between 0 and 1 (relative to the Frobenius norm), got {tol!r}")
+
+
+def _requests(
+    rank: int | None, above: float | Tensor | str | None, tol: float, batch: torch.Size, norms: Tensor
+) -> list[Request]:
+    """One request a matrix, levels scaled to ``||W||_F = 1``."""
+    if above is None or isinstance(above, str):
+        return [Request(rank, None, above == "bulk", tol)] * norms.numel()
+    levels = torch.as_tensor(above, dtype=torch.float64, device=norms.device)
+    if not bool((levels >= 0).all()):
+        raise ArgumentError(f"above must be at least 0, got {above!r}; a level is a singular value")
+    try:
+        expanded = levels.expand(batch).reshape(-1)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"above must be a number or have the batch shape {tuple(batch)}, got {tuple(levels.shape)}"
+        ) from error
+    scaled = torch.where(norms > 0, expanded / norms, torch.zeros_like(norms)).tolist()
+    return [Request(None, level, False, tol) for level in scaled]
+
+
+def _shaped(value: Tensor, batch: torch.Size) -> Tensor:
+    return value.unflatten(0, batch) if batch else value[0]
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    """A seed drawn from the user's generator, on whatever device it lives, or our own."""
+    if generator is None:
+        return _SEED
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def checked_matrices(W: Tensor) -> Tensor:
@@ -226,116 +301,8 @@ def checked_matrices(W: Tensor) -> Tensor:
     W = W if W.dtype in (torch.float32, torch.float64) else W.float()
     # A sum of absolute values in a wider type overflows only where a value was infinite or NaN already.
     if not bool(torch.isfinite(W.sum(dim=-1, dtype=torch.float64)).all()):
-        raise NonFiniteError(
-            "W must be finite, got NaN or infinity; take the weight from a checkpoint before the blow-up"
-        )
+        raise NonFiniteError(_NOT_FINITE)
     return W
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What to find: ``rank`` values, ``floor(SR)`` of them (both None), those above ``levels``, or above the bulk."""
-
-    rank: int | None
-    bulk: bool
-    levels: Tensor | None  # (B,)
-    tol: float
-
-    def part(self, rows: slice) -> _Request:
-        return _Request(self.rank, self.bulk, None if self.levels is None else self.levels[rows], self.tol)
-
-    def scaled(self, scale: Tensor) -> _Request:
-        return _Request(self.rank, self.bulk, None if self.levels is None else self.levels / scale, self.tol)
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """What a set of Ritz values amounts to; all ``(B,)``, scaled to ``||W||_F = 1``."""
-
-    k: Tensor
-    edge: Tensor
-    bulk_edge: Tensor
-    error: Tensor
-    enough: Tensor
-
-
-def _check_request(W: Tensor, rank: int | None, above: float | Tensor | str | None, tol: float) -> None:
-    if rank is not None and above is not None:
-        raise ArgumentError("rank and above exclude each other; pass the one that you mean")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
-        raise ArgumentError(f"rank must be an integer of at least 0, got {rank!r}; pass None for floor(stable rank)")
-    if isinstance(above, str) and above != "bulk":
-        raise ArgumentError(f"above must be a number, a tensor or 'bulk', got {above!r}")
-    if not 0 < tol < 1:
-        raise ArgumentError(f"tol must lie between 0 and 1 (relative to the Frobenius norm), got {tol!r}")
-
-
-def _levels(above: float | Tensor, flat: Tensor, batch: torch.Size) -> Tensor:
-    levels = torch.as_tensor(above, dtype=flat.dtype, device=flat.device)
-    if not bool((levels >= 0).all()):
-        raise ArgumentError(f"above must be at least 0, got {above!r}; a level is a singular value")
-    try:
-        return levels.expand(batch).reshape(-1)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"above must be a number or have the batch shape {tuple(batch)}, got {tuple(levels.shape)}"
-        ) from error
-
-
-def _in_chunks(
-    flat: Tensor, request: _Request, generator: torch.Generator | None, init: Tensor | None
-) -> DominantDirections:
-    budget = _CUDA_CHUNK if flat.is_cuda else _CPU_CHUNK
-    size = max(1, budget // (flat.shape[1] * flat.shape[2]))
-    state = None if generator is None else generator.get_state()
-    if init is not None:
-        init = init.reshape(-1, *init.shape[-2:]).to(flat)
-    parts = []
-    for start in range(0, flat.shape[0], size):
-        rows = slice(start, start + size)
-        source = _generator(flat.device, state)  # every chunk draws the same sketch: no result depends on its batch
-        parts.append(_solve(flat[rows], request.part(rows), source, None if init is None else init[rows]))
-    if generator is not None:
-        torch.randint(2, (), generator=generator, device=generator.device)  # a second call shall draw anew
-    return _concatenated(parts)
-
-
-def _generator(device: torch.device, state: Tensor | None) -> torch.Generator:
-    source = torch.Generator("cpu")  # the same sketch on every device, so that devices agree to rounding
-    if state is None or state.numel() != source.get_state().numel():
-        return source.manual_seed(0x50555)
-    source.set_state(state)
-    return source
-
-
-def _concatenated(parts: list[DominantDirections]) -> DominantDirections:
-    if len(parts) == 1:
-        return parts[0]
-    width = max(part.S.shape[-1] for part in parts)
-    columns = {"U": -1, "S": -1, "residual": -1, "Vh": -2}
-
-    def wide(part: DominantDirections, name: str) -> Tensor:
-        value: Tensor = getattr(part, name)
-        if name not in columns:
-            return value
-        missing = width - part.S.shape[-1]
-        pad = (0, missing) if columns[name] == -1 else (0, 0, 0, missing)
-        return torch.nn.functional.pad(value, pad)
-
-    return DominantDirections(*(torch.cat([wide(p, f.name) for p in parts]) for f in fields(DominantDirections)))
-
-
-def _solve(W: Tensor, request: _Request, source: torch.Generator, init: Tensor | None) -> DominantDirections:
-    if W.shape[1] < W.shape[2]:  # the Krylov basis lives on the smaller side
-        start = None if init is None else W @ init
-        return _transposed(_solve_tall(W.mT, request, source, start))
-    return _solve_tall(W, request, source, init)
-
-
-def _transposed(found: DominantDirections) -> DominantDirections:
-    values = {f.name: getattr(found, f.name) for f in fields(found)}
-    values["U"], values["Vh"] = found.Vh.mT, found.U.mT
-    return DominantDirections(**values)
 
 
 def frobenius_norm(W: Tensor) -> Tensor:
@@ -354,202 +321,3 @@ def frobenius_norm(W: Tensor) -> Tensor:
     peak = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2), keepdim=True)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))
     return torch.linalg.vector_norm((W / safe).double(), dim=(1, 2)) * peak[:, 0, 0].double()
-
-
-def _solve_tall(W: Tensor, request: _Request, source: torch.Generator, init: Tensor | None) -> DominantDirections:
-    norm = frobenius_norm(W)
-    scale = torch.where(norm > 0, norm, torch.ones_like(norm))
-    scaled = request.scaled(scale.to(W.dtype))
-    n = W.shape[2]
-    width = max(_FIRST_BLOCK, (request.rank or 0) + _OVERSAMPLING)
-    if 4 * width > n:
-        return _dense(W, norm, scale, scaled)
-    krylov = Krylov(W, scale, source)
-    krylov.start(width, init)
-    while True:
-        ritz = krylov.ritz()
-        verdict = _verdict(ritz.S, ritz.residual, scaled, W.shape[1:], krylov.rank)
-        missing = int(verdict.k.max()) + _OVERSAMPLING - krylov.random_columns
-        if bool(verdict.enough.all()) and missing <= 0:
-            return _result(krylov.triplets, ritz, verdict, norm, scale, scaled)
-        fresh = max(0, missing - krylov.young_columns)
-        if 2 * (krylov.rank + krylov.next_columns + fresh) > n:
-            return _dense(W, norm, scale, scaled)
-        krylov.expand(fresh)
-
-
-def _dense(W: Tensor, norm: Tensor, scale: Tensor, request: _Request) -> DominantDirections:
-    U, S, Vh = torch.linalg.svd(W / scale.to(W.dtype)[:, None, None], full_matrices=False)
-    eps = torch.finfo(S.dtype).eps
-    ritz = Ritz(S, (4 * eps * S[:, :1]).expand_as(S), Vh)
-    verdict = _verdict(S, ritz.residual, request, W.shape[1:], S.shape[1])
-
-    def triplets(ritz: Ritz, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        return U[:, :, :count], ritz.S[:, :count], Vh[:, :count]
-
-    return _result(triplets, ritz, verdict, norm, scale, request)
-
-
-def _result(
-    triplets: Callable[[Ritz, int], tuple[Tensor, Tensor, Tensor]],
-    ritz: Ritz,
-    verdict: _Verdict,
-    norm: Tensor,
-    scale: Tensor,
-    request: _Request,
-) -> DominantDirections:
-    r = int(verdict.k.max())
-    taken = (torch.arange(r, device=ritz.S.device) < verdict.k[:, None]).to(ritz.S.dtype)
-    U, S, Vh = triplets(ritz, r)
-    top, unit = ritz.S[:, 0], scale.to(S.dtype)
-    relative = ritz.residual[:, :r] / torch.where(top > 0, top, torch.ones_like(top))[:, None]
-    return DominantDirections(
-        U=U * taken[:, None, :],
-        S=S * taken * unit[:, None],
-        Vh=Vh * taken[:, :, None],
-        edge=verdict.edge * unit,
-        k=verdict.k,
-        stable_rank=torch.where(norm > 0, stable_rank_of(top), torch.zeros_like(top)),
-        spectral_norm=top * unit,
-        bulk_edge=verdict.bulk_edge * unit,
-        residual=relative * taken,
-        error=verdict.error,
-        converged=verdict.error <= request.tol,
-    )
-
-
-def stable_rank_of(top: Tensor) -> Tensor:
-    """Stable rank of a matrix with ``||W||_F = 1`` and largest singular value ``top``.
-
-    Args:
-        top: ``S[0] / ||W||_F``.
-
-    Returns:
-        ``1 / top^2``, at least 1.
-    """
-    return top.clamp_min(torch.finfo(top.dtype).tiny).square().reciprocal().clamp_min(1.0)
-
-
-def _verdict(S: Tensor, residual: Tensor, request: _Request, shape: torch.Size, basis: int) -> _Verdict:
-    n = min(shape)
-    complete = basis >= n
-    padded = torch.nn.functional.pad(S, (0, 1))
-    energy = residual.square().cumsum(dim=1)
-    ceiling = S + residual  # no value of the rest of the matrix is known to lie below this
-    top_error = _value_error(S, energy, ceiling, 0)
-    bulk_edge = torch.full_like(S[:, 0], float("nan"))
-    if request.bulk:
-        bulk_edge = bulk_level(S, shape, complete)
-        known_tail = complete | (bulk_edge > _FAINT_BULK)
-    levels = bulk_edge if request.bulk else request.levels
-    if levels is not None:
-        k = (S > levels[:, None]).sum(dim=1)
-        known = k <= basis - _OVERSAMPLING
-        edge = padded.gather(1, k[:, None])[:, 0]
-        level, level_error = levels, torch.zeros_like(levels)
-        if request.bulk:
-            known = known & known_tail
-            alpha = sum(math.sqrt(x) for x in shape) / math.sqrt(shape[0] * shape[1])
-            taken = energy.gather(1, (k - 1).clamp_min(0)[:, None])[:, 0] * (k > 0)
-            level_error = alpha**2 * taken / (2 * levels.clamp_min(torch.finfo(S.dtype).eps))
-    else:
-        k, known = _count(S, top_error, request.rank, n)
-        known = known & (k < basis)
-        k = k.clamp_max(basis)
-        edge = padded.gather(1, k[:, None])[:, 0]
-        level, level_error = edge, _value_error(padded, _padded(energy), _padded(ceiling), k)
-        level_error = torch.where(k < basis, level_error, torch.zeros_like(level_error))
-    missed = torch.zeros_like(level) if request.rank == 0 else _missed(S, residual, level, k)
-    error = _matrix_error(S, residual, level, k) + _rounding(S, shape) + k.to(S.dtype).sqrt() * level_error
-    relevant = (missed + torch.where(k > 0, error, torch.zeros_like(error))).maximum(
-        top_error / S[:, 0].clamp_min(torch.finfo(S.dtype).tiny) if request.rank == 0 else torch.zeros_like(error)
-    )
-    enough = (known & (relevant <= request.tol)) | complete
-    zero = S[:, 0] <= 0
-    bulk_edge = torch.where(zero, torch.zeros_like(bulk_edge), bulk_edge) if request.bulk else bulk_edge
-    return _Verdict(k, edge, bulk_edge, torch.where(zero, 0.0, relevant), enough | zero)
-
-
-def _count(S: Tensor, top_error: Tensor, rank: int | None, n: int) -> tuple[Tensor, Tensor]:
-    """``k`` and whether the certified interval of the stable rank leaves no choice."""
-    if rank is not None:
-        k = torch.full(S.shape[:1], min(rank, n), dtype=torch.int64, device=S.device)
-        return k, torch.ones_like(k, dtype=torch.bool)
-    high, low = stable_rank_of(S[:, 0]), stable_rank_of(S[:, 0] + top_error)
-    slack = 1 + STABLE_RANK_SLACK
-    k_high, k_low = (high * slack).floor(), (low * slack).floor()
-    decided = (k_high == k_low) | (high - low <= 0.5 * STABLE_RANK_SLACK * high)
-    k = torch.where(S[:, 0] > 0, k_high, torch.zeros_like(k_high)).clamp_max(n - 1).to(torch.int64)
-    return k, decided | (k_low >= n - 1)
-
-
-def _padded(x: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 1), value=1e9)
-
-
-def _value_error(S: Tensor, energy: Tensor, ceiling: Tensor, index: int | Tensor) -> Tensor:
-    """Bound on how far ``S[index]`` is below the true value: Weyl's and the quadratic one."""
-    columns = torch.arange(S.shape[1], device=S.device)
-    at = torch.full(S.shape[:1], index, device=S.device) if isinstance(index, int) else index
-    value = S.gather(1, at[:, None])
-    weyl = energy.gather(1, at[:, None])[:, 0].sqrt()
-    gap = value - ceiling[:, 1:]  # to the first value outside the leading j + 1
-    eligible = (columns[:-1] >= at[:, None]) & (gap > 0)
-    quadratic = torch.where(eligible, energy[:, :-1] / gap.clamp_min(torch.finfo(S.dtype).tiny), float("inf"))
-    return torch.minimum(weyl, quadratic.amin(dim=1)) if S.shape[1] > 1 else weyl
-
-
-def _matrix_error(S: Tensor, residual: Tensor, level: Tensor, k: Tensor) -> Tensor:
-    """The bound of Note [What the certificate says] without the edge's own error."""
-    taken = torch.arange(S.shape[1], device=S.device) < k[:, None]
-    leak = torch.nn.functional.pad((residual * taken).square().cumsum(dim=1), (1, 0))
-    move = ((S - level[:, None]).clamp_min(0) * taken).square()
-    rest = torch.nn.functional.pad(move.flip(1).cumsum(dim=1).flip(1), (0, 1))
-    return (leak.sqrt() + 2 * rest.sqrt()).amin(dim=1)
-
-
-def _missed(S: Tensor, residual: Tensor, level: Tensor, k: Tensor) -> Tensor:
-    """How much of the correction Ritz values below the level may hide: each has a true value within its residual."""
-    rest = torch.arange(S.shape[1], device=S.device) >= k[:, None]
-    return torch.linalg.vector_norm((S + residual - level[:, None]).clamp_min(0) * rest, dim=1)
-
-
-def _rounding(S: Tensor, shape: torch.Size) -> float:
-    """Rounding of the products that everything is measured with: sums of ``max(m, n)`` terms of random sign."""
-    return 4 * torch.finfo(S.dtype).eps * math.sqrt(max(shape))
-
-
-def bulk_level(S: Tensor, shape: tuple[int, ...], complete: bool) -> Tensor:
-    r"""Largest fixed point of ``c = (sqrt(m) + sqrt(n)) * rms(S clipped at c)`` for ``||W||_F = 1``.
-
-    Values that are not in ``S`` are taken as unclipped, so the level of a partial spectrum is an upper bound that is
-    exact as soon as it lies above the last value of ``S``.
-
-    Args:
-        S: leading singular values in descending order, ``(B, r)``.
-        shape: ``(m, n)``.
-        complete: whether ``S`` is the whole spectrum; then the tail's energy is summed rather than found by
-            difference.
-
-    Returns:
-        The level ``(B,)``; zero where the clipping never comes to rest, that is where there is no bulk.
-    """
-    # With j values clipped, c^2 (1 - j a) = a (1 - sum of their squares), a = (sqrt(m) + sqrt(n))^2 / (m n): one
-    # division.
-    a = (math.sqrt(shape[0]) + math.sqrt(shape[1])) ** 2 / (shape[0] * shape[1])
-    squares = S.double().square()
-    j = torch.arange(S.shape[1] + 1, device=S.device, dtype=torch.float64)
-    if complete:
-        rounding = S.shape[1] * torch.finfo(S.dtype).eps * S[:, :1].double()
-        real = torch.where(S > rounding, squares, 0.0)
-        tail = torch.nn.functional.pad(real.flip(1).cumsum(dim=1).flip(1), (0, 1))
-    else:
-        tail = (1.0 - torch.nn.functional.pad(squares.cumsum(dim=1), (1, 0))).clamp_min(0)
-    room = 1.0 - a * j
-    c2 = torch.where(room > 0, a * tail / room.clamp_min(1e-300), torch.full_like(tail, -1.0))
-    # j is right when exactly j values exceed c; the first such j belongs to the largest fixed point.
-    below = torch.nn.functional.pad(squares, (0, 1), value=0.0)
-    first = ((below <= c2) & (c2 > 0)).to(torch.int8).argmax(dim=1, keepdim=True)
-    found = ((below <= c2) & (c2 > 0)).any(dim=1)
-    level = c2.gather(1, first)[:, 0].clamp_min(0).sqrt()
-    return torch.where(found, level, torch.zeros_like(level)).to(S.dtype)

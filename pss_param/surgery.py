@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Smoothing one stored tensor: into matrices, correction, back, one cast, and what was measured."""
 
+import hashlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from pss_param.checkpoint import open_checkpoint
-from pss_param.errors import ArgumentError, NonFiniteError
+from pss_param.checkpoint.transfer import tensor_bytes
+from pss_param.errors import NonFiniteError
 from pss_param.finite import count_nonfinite
 from pss_param.options import RepairOptions, pick_device
-from pss_param.plan import StateDictSource, TensorSource
 from pss_param.report import MatrixReport, TensorReport
 from pss_param.smoothing import Correction, correction
 from pss_param.spectrum import spectral_norm, stable_rank
@@ -80,112 +78,84 @@ def parts_of(target: Target, weight: Tensor, healthy: Tensor | None = None) -> l
 
 
 class Surgeon:
-    r"""Smooths tensors one at a time under the same options; a context manager that holds the reference open.
+    r"""Smooths tensors one at a time under the same options.
 
     Args:
         options: what to do.
 
     Raises:
         ArgumentError: the device is not there.
-        CheckpointError: the reference cannot be read.
     """
 
     def __init__(self, options: RepairOptions) -> None:
         r"""See the class."""
         self.options = options
         self.device = pick_device(options.device)
-        self._reference: TensorSource | None = None
-        self._stack = ExitStack()
 
-    def __enter__(self) -> "Surgeon":
-        r"""Open the reference.
-
-        Returns:
-            The surgeon itself.
-        """
-        reference = self.options.reference
-        if isinstance(reference, Mapping):
-            self._reference = StateDictSource(reference)
-        elif reference is not None:
-            self._reference = self._stack.enter_context(open_checkpoint(reference))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        r"""Close the reference."""
-        self._stack.close()
-
-    def smooth(self, target: Target, weight: Tensor) -> tuple[Tensor, TensorReport]:
+    def smooth(
+        self, target: Target, weight: Tensor, healthy: Tensor | None = None, masters: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...], TensorReport]:
         r"""Smooth one tensor.
 
         Args:
             target: what it is and which matrices it is made of.
             weight: the stored tensor, finite.
+            healthy: its counterpart in the reference, for ``edge="reference"``.
+            masters: copies of it in higher precision, which get the same correction.
 
         Returns:
-            The smoothed tensor, of the same type, shape and device (the given one where nothing changed), and
-            what was measured.
+            The smoothed tensor, of the same type, shape and device (the given one where nothing changed), the
+            masters likewise, and what was measured.
 
         Raises:
             NonFiniteError: the result does not fit into the stored type.
         """
         here = weight.to(self.device)
-        parts = self._parts(target, here)
+        parts = parts_of(target, here, None if healthy is None else healthy.to(self.device))
+        copies = [target.matricization.split(master.to(self.device)) for master in masters]
         matrices: list[MatrixReport] = []
-        new = [self._smooth_part(target, part, matrices) for part in parts]
-        joined = weight
-        if any(fresh is not part.values for fresh, part in zip(new, parts, strict=True)):
-            joined = target.matricization.join(tuple(new), like=here).to(weight.device).contiguous()
-        if count := count_nonfinite([joined]):
-            raise NonFiniteError(
-                f"{target.name} would have {count} infinite value(s) after the cast to {weight.dtype}; "
-                "exclude it, or convert the checkpoint to bfloat16 or float32 first"
-            )
-        return joined, _report(target, weight, joined, matrices)
+        new = [self._smooth_part(target, part, [copy[part.number] for copy in copies], matrices) for part in parts]
+        if all(fresh[0] is part.values for fresh, part in zip(new, parts, strict=True)):
+            return weight, tuple(masters), _report(target, weight, weight, matrices)
+        joined = []
+        for batch, old in zip(zip(*new, strict=True), (weight, *masters), strict=True):
+            joined.append(target.matricization.join(batch, like=old.to(self.device)).to(old.device).contiguous())
+            if count := count_nonfinite([joined[-1]]):
+                raise NonFiniteError(
+                    f"{target.name} would have {count} infinite value(s) after the cast to {old.dtype}; "
+                    "exclude it, or convert the checkpoint to bfloat16 or float32 first"
+                )
+        return joined[0], tuple(joined[1:]), _report(target, weight, joined[0], matrices)
 
-    def _parts(self, target: Target, weight: Tensor) -> list[Part]:
-        if self._reference is None:
-            return parts_of(target, weight)
-        good = self._read_reference(self._reference, target.name, tuple(weight.shape))
-        return parts_of(target, weight, good.to(self.device))
-
-    def _smooth_part(self, target: Target, part: Part, into: list[MatrixReport]) -> Tensor:
+    def _smooth_part(
+        self, target: Target, part: Part, copies: Sequence[Tensor], into: list[MatrixReport]
+    ) -> list[Tensor]:
         # Every matrix of a batch on its own: less memory than all at once.
-        result = part.values
+        old = result = [part.values, *copies]
         for index in part.indices:
-            old = part.values[index]
             fix = self._correct(target, part, index)
-            fresh = old if fix.is_noop else fix.apply(old)
-            into.append(_describe(part.label(index), old, fresh, fix))
-            if fresh is not old:
-                result = part.values.clone() if result is part.values else result
-                result[index] = fresh
+            if fix.is_noop:
+                into.append(_describe(part.label(index), old[0][index], old[0][index], fix))
+                continue
+            if len(part.values.shape) == 2:
+                result = [fix.apply(values) for values in old]
+            else:
+                result = [values.clone() for values in old] if result is old else result
+                for values, before in zip(result, old, strict=True):
+                    values[index] = fix.apply(before[index])
+            into.append(_describe(part.label(index), old[0][index], result[0][index], fix))
         return result
 
     def _correct(self, target: Target, part: Part, index: tuple[int, ...]) -> Correction:
         rule = self.options.rule()
         if rule.edge == "init" and rule.init_std is None:
             rule = replace(rule, init_std=target.init_std)
-        if part.healthy is not None:
+        if rule.edge == "reference" and part.healthy is not None:
             rule = replace(rule, reference=float(spectral_norm(part.healthy[index])))
         # One start per matrix: the result does not depend on which other tensors were chosen.
         seed = (zlib.crc32(f"{target.name}/{part.number}/{index}".encode()) ^ self.options.seed) & 0x7FFFFFFF
         generator = torch.Generator().manual_seed(seed)
         return correction(part.values[index], rule, generator=generator)
-
-    @staticmethod
-    def _read_reference(reference: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
-        stored = reference.tensors.get(name)
-        if stored is None or stored.shape != shape or not stored.floating:
-            found = "does not have it" if stored is None else f"has it as {stored.dtype_name} {stored.shape}"
-            raise ArgumentError(
-                f"{name} {shape} needs its counterpart, but the reference {found}; "
-                "name a checkpoint of the same model, or exclude the tensor"
-            )
-        if count := count_nonfinite(reference.blocks(name)):
-            raise NonFiniteError(f"the reference has {count} non-finite value(s) in {name}; name a healthy one")
-        return reference.read(name)
 
 
 def _describe(label: str, old: Tensor, new: Tensor, fix: Correction) -> MatrixReport:
@@ -213,23 +183,62 @@ def _why_unchanged(fix: Correction, norm: float) -> str:
 
 
 def _report(target: Target, old: Tensor, new: Tensor, matrices: Sequence[MatrixReport]) -> TensorReport:
+    changed = new is not old and not torch.equal(new, old)
     return TensorReport(
         name=target.name,
         role=target.role,
         block=target.block,
         dtype=str(old.dtype).removeprefix("torch."),
         shape=tuple(old.shape),
-        changed=new is not old and not torch.equal(new, old),
-        relative_change=0.0 if new is old else _relative_change(old, new),
+        changed=changed,
+        relative_change=0.0 if new is old else relative_change(old, new),
         matrices=tuple(matrices),
+        digest=digest(new) if changed else "",
     )
 
 
-def _relative_change(old: Tensor, new: Tensor) -> float:
-    # Piece by piece, so that no third copy of the tensor is made.
+def digest(value: Tensor) -> str:
+    r"""Fingerprint of a tensor's bytes in row-major order.
+
+    Args:
+        value: any tensor with values.
+
+    Returns:
+        SHA-256 in hexadecimal.
+
+    Example:
+        >>> digest(torch.zeros(2))[:8] == hashlib.sha256(bytes(8)).hexdigest()[:8]
+        True
+    """
+    plain = value.detach().cpu().contiguous()
+    return hashlib.sha256(tensor_bytes(plain)).hexdigest()
+
+
+def relative_change(old: Tensor, new: Tensor) -> float:
+    r"""Relative Frobenius distance, piece by piece so that no whole copy is made.
+
+    .. math:: \|new - old\|_F / \|old\|_F
+
+    Args:
+        old: any shape and floating type.
+        new: of the same shape.
+
+    Returns:
+        Dimensionless; infinite where only ``old`` is zero.
+
+    Example:
+        >>> relative_change(torch.ones(4), torch.full((4,), 1.5))
+        0.5
+    """
     moved = total = 0.0
-    for before, after in zip(torch.split(old.flatten(), 1 << 20), torch.split(new.flatten(), 1 << 20), strict=True):
+    for before, after in zip(_pieces(old), _pieces(new), strict=True):
         wide = before.double()
         total += float(wide.square().sum())
         moved += float((after.double() - wide).square().sum())
-    return (moved / total) ** 0.5 if total else 0.0
+    if total:
+        return (moved / total) ** 0.5
+    return float("inf") if moved else 0.0
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    return torch.split(tensor.reshape(-1), 1 << 20)

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from pss_param.errors import NonFiniteError, StateError
 from pss_param.matricize import Matricization
+from pss_param.resharding import ThinSaving
+from pss_param.sharded import is_sharded, local_part, local_product
 from pss_param.smoothing import Smoothing, correction
 
 __all__ = ["SmoothingView"]
@@ -98,6 +100,8 @@ class SmoothingView(nn.Module):
         self.was_read = False
         self.factors: tuple[Factors, ...] | None = None
         self.pending = _PendingReads()
+        self.resting: Any = None
+        self.thin: ThinSaving | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         r"""Return the weight itself, or the smoothed weight while the gate is open.
@@ -121,6 +125,8 @@ class SmoothingView(nn.Module):
                     "pass policy=GuardPolicy(prepare='eager') to pss_param.attach"
                 )
             return self.apply_factors(weight, self.factors)
+        if self.resting is not None and is_sharded(weight) and weight.device_mesh == self.resting:
+            return weight  # Note [At rest and in forward] of resharding.py
         recomputing = _inside_backward()
         if recomputing and not self.was_read:
             raise StateError(
@@ -131,6 +137,8 @@ class SmoothingView(nn.Module):
         shown = self.apply_factors(weight, self.prepare(weight))
         if shown.requires_grad and not recomputing:
             self.pending.watch(shown)
+            if self.thin is not None:
+                self.thin.mark(shown, weight)
         return shown
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -191,6 +199,10 @@ class SmoothingView(nn.Module):
         r"""Close the gate and forget the directions, whatever is pending: the weight was replaced from outside."""
         self.is_open, self.was_read, self.factors = False, False, None
         self.pending = _PendingReads()
+        self.resting = None
+        if self.thin is not None:
+            self.thin.remove()
+            self.thin = None
 
     def smoothed(self, weight: Tensor) -> Tensor:
         r"""Compute what the open gate shows, without changing the view.
@@ -244,6 +256,8 @@ class SmoothingView(nn.Module):
             return (weight.to(delta.dtype) - delta).to(weight.dtype)
 
     def _delta(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
+        if is_sharded(weight):
+            return self._local_delta(weight, factors)
         parts = tuple(left.to(weight.device) @ right.to(weight.device) for left, right in factors)
         if self.matricization.linear:
             return parts[0]
@@ -251,12 +265,20 @@ class SmoothingView(nn.Module):
         like = torch.zeros_like(weight, dtype=parts[0].dtype) if self.matricization.only else weight
         return self.matricization.join(parts, like)
 
+    def _local_delta(self, weight: Any, factors: tuple[Factors, ...]) -> Tensor:
+        # Every rank has the thin factors and makes its own piece of their product: nothing is communicated.
+        if self.matricization.linear:
+            return local_product(weight, *factors[0])
+        whole = torch.zeros(weight.shape, dtype=factors[0].left.dtype, device=weight.to_local().device)
+        return local_part(weight, self._delta(whole, factors))
+
     def _decompose(self, weight: Tensor) -> tuple[Factors, ...]:
         # inference_mode would make tensors that a later training step cannot use.
         with torch.inference_mode(False), torch.no_grad():
             generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
             try:
-                parts = self.matricization.split(weight.detach())
+                whole = weight.detach().full_tensor() if is_sharded(weight) else weight.detach()
+                parts = self.matricization.split(whole)
                 found = [correction(part, self.smoothing, generator=generator) for part in parts]
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.label} cannot be smoothed: {error}") from error

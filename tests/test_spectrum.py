@@ -46,7 +46,7 @@ def test_dominant_directions_agree_with_float64_svd(name, dtype, global_random_s
     assert float(found.edge) == pytest.approx(edge, abs=1e-3 * float(S.norm()) + 1e-38)
     norm = float(S.norm())
     error = float((smoothed(found, W) - exact_clip(W, k=k)).norm())
-    assert error <= float(found.error) * norm, "the certificate did not hold"
+    assert error <= float(found.error) * norm + 1e-12 * norm, "the certificate did not hold"
     assert bool(found.converged)
     assert error <= 1e-3 * norm
 

@@ -2,7 +2,8 @@
 r"""A changed copy of a checkpoint: copy all bytes, patch some tensors, finish, publish at once."""
 
 import stat
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,16 +11,17 @@ from torch import Tensor
 
 from pss_param.errors import CheckpointError
 
-from .layout import Layout, store
-from .transfer import copy_range
-from .write import StagedFile, check_not_source
+from .layout import Layout, load, store
+from .staged import StagedFolder, check_apart
+from .transfer import BLOCK, copy_range, read_exact, tensor_bytes
+from .write import StagedFile, check_not_source, no_space
 
 Advance = Callable[[int], None]
 """Called with a number of bytes that are done."""
 
 
 class Editor:
-    r"""Builds a changed copy of a checkpoint of one file; a context manager.
+    r"""Builds a changed copy of a checkpoint, a file or a folder; a context manager.
 
     Leaving the context without :meth:`publish` leaves nothing behind.
 
@@ -36,10 +38,9 @@ class Editor:
         r"""See the class."""
         check_not_source(destination, layout.path)
         self.layout = layout
-        (self.file,) = layout.files
-        self.patched: list[tuple[int, int]] = []
-        mode = stat.S_IMODE(layout.stat(self.file).st_mode)
-        self._staged = StagedFile(destination, mode, force)
+        self.patched: dict[str, list[tuple[int, int]]] = {}
+        self._sums: dict[str, int] = {}
+        self._staged = _stage(layout, destination, force)
 
     def __enter__(self) -> "Editor":
         r"""Begin the copy.
@@ -50,16 +51,24 @@ class Editor:
         self._staged.__enter__()
         return self
 
+    def _fd(self, file: str) -> int:
+        return self._staged.fd(file) if isinstance(self._staged, StagedFolder) else self._staged.fd
+
     def copy(self, advance: Advance) -> None:
-        r"""Take the disk space and copy the whole source.
+        r"""Take the disk space and copy all files of the source.
 
         Args:
             advance: told of every step's bytes.
         """
-        size = self.layout.stat(self.file).st_size
-        self._staged.reserve(size)
-        for step in copy_range(self.layout.fd(self.file), self._staged.fd, 0, size):
-            advance(step)
+        sizes = {file: self.layout.stat(file).st_size for file in self.layout.files}
+        if isinstance(self._staged, StagedFolder):
+            self._staged.reserve(sizes)
+        else:
+            self._staged.reserve(sum(sizes.values()))
+        with no_space(self._staged.destination.parent, sum(sizes.values())):
+            for file, size in sizes.items():
+                for step in copy_range(self.layout.fd(file), self._fd(file), 0, size):
+                    advance(step)
 
     def write(self, name: str, value: Tensor) -> None:
         r"""Replace one tensor in the copy.
@@ -71,20 +80,53 @@ class Editor:
         Raises:
             CheckpointError: shape or dtype differ from what is stored.
         """
-        stored = self.layout.tensors[name]
+        stored = self.layout.find(name)
         if tuple(value.shape) != stored.shape or value.dtype != stored.dtype:
             raise CheckpointError(
                 f"{self.layout.path}: {name} is stored as {stored.dtype} {stored.shape}, "
                 f"not as {value.dtype} {tuple(value.shape)}"
             )
         for chunk in stored.chunks:
-            self.patched.append(store(self._staged.fd, chunk, value))
+            patch = store(self._fd(chunk.file), chunk, value)
+            self.patched.setdefault(chunk.file, []).append(patch)
+        self._sums[name] = _sum(value)
 
-    def finish(self) -> None:
-        r"""Mend check sums, make sure that the source stood still, and bring the copy to the disk."""
-        self.layout.mend(self.file, self._staged.fd, self.patched)
+    def finish(self, verify: bool = True, advance: Advance | None = None) -> None:
+        r"""Mend check sums, make sure that the source stood still, and bring the copy to the disk.
+
+        Args:
+            verify: whether to read the copy again and compare it with the source and with what was written.
+            advance: told of every step's bytes of that comparison.
+        """
+        for file, patches in self.patched.items():
+            self.layout.mend(file, self._fd(file), patches)
+        if verify:
+            self._verify(advance or (lambda step: None))
         self.layout.check_unchanged()
         self._staged.flush()
+
+    def _verify(self, advance: Advance) -> None:
+        for file in self.layout.files:
+            patches = self.patched.get(file, [])
+            patches = [*patches, *self.layout.mended(file, patches)] if patches else []
+            size = self.layout.stat(file).st_size
+            at = first_difference(self.layout.fd(file), self._fd(file), untouched(size, patches), advance)
+            if at is not None:
+                raise CheckpointError(
+                    f"{self._staged.destination}: byte {at} of {file} in the copy differs from the source although "
+                    "nothing was to change there; the disk or the memory is faulty, or something else wrote to it"
+                )
+        for name, expected in self._sums.items():
+            stored = self.layout.find(name)
+            if _sum(load(stored, self._fd)) != expected:
+                raise CheckpointError(
+                    f"{self._staged.destination}: {name} does not read back as it was written; "
+                    "the disk or the memory is faulty, or another tensor lies over it"
+                )
+
+    def check_free(self) -> None:
+        r"""Make sure once more that the destination may be written; it may have appeared meanwhile."""
+        self._staged.check_free()
 
     def publish(self) -> None:
         r"""Give the finished copy its name."""
@@ -95,3 +137,62 @@ class Editor:
     ) -> None:
         r"""Remove what was not published."""
         self._staged.__exit__(kind, error, trace)
+
+
+def _stage(layout: Layout, destination: Path, force: bool) -> StagedFile | StagedFolder:
+    modes = {file: stat.S_IMODE(layout.stat(file).st_mode) for file in layout.files}
+    if not layout.path.is_dir():
+        (mode,) = modes.values()
+        return StagedFile(destination, mode, force)
+    check_apart(destination, layout.path)
+    folders = {name: stat.S_IMODE((layout.path / name).stat().st_mode) for name in ("", *layout.folders)}
+    return StagedFolder(destination, modes, folders, force)
+
+
+def _sum(value: Tensor) -> int:
+    return zlib.crc32(tensor_bytes(value.contiguous())) if value.numel() else 0
+
+
+def untouched(size: int, patches: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    r"""The spans of a file that no patch covers.
+
+    Args:
+        size: bytes of the file.
+        patches: ``(offset, count)``, in any order; may overlap.
+
+    Yields:
+        tuple[int, int]: first byte and first byte after each span.
+
+    Example:
+        >>> list(untouched(10, [(4, 2), (0, 1), (5, 3)]))
+        [(1, 4), (8, 10)]
+    """
+    position = 0
+    for offset, count in sorted(patches):
+        if offset > position:
+            yield position, offset
+        position = max(position, offset + count)
+    if position < size:
+        yield position, size
+
+
+def first_difference(one: int, other: int, spans: Iterator[tuple[int, int]], advance: Advance) -> int | None:
+    r"""Compare spans of two open files.
+
+    Args:
+        one: an open file.
+        other: an open file.
+        spans: first byte and first byte after each.
+        advance: told of every step's bytes.
+
+    Returns:
+        A byte position at or shortly before the first difference, exact to 4 KiB, or None where there is none.
+    """
+    for begin, end in spans:
+        for at in range(begin, end, BLOCK):
+            count = min(BLOCK, end - at)
+            left, right = read_exact(one, at, count), read_exact(other, at, count)
+            if left != right:
+                return at + next(i for i in range(0, count, 4096) if left[i : i + 4096] != right[i : i + 4096])
+            advance(count)
+    return None

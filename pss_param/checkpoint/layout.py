@@ -9,7 +9,8 @@ formats. Whatever is not a tensor is opaque and is copied as it is.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,9 @@ from pss_param.errors import CheckpointError
 from .transfer import BLOCK, read_exact, tensor_bytes, tensor_from, write_all
 
 _L = TypeVar("_L", bound="Layout")
+
+OPEN_FILES = 64
+"""Source files that are held open at once; a checkpoint may have thousands, a process gets about a thousand."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,12 @@ class Layout(ABC):
         format: short name for reports, such as ``"safetensors"``.
         path: what the user named.
         files: every file by its relative name.
-        tensors: every tensor by its key, in the order of the checkpoint.
+        folders: sub-folders by their relative names, empty ones too; nothing for a checkpoint of one file.
+        tensors: every weight by its key, in the order of the checkpoint.
+        state: tensors that are no weights (moments of an optimizer), by keys of their own.
+        paths: keys and positions that lead to each tensor of ``state``, such as
+            ``("optimizer.pt", "state", 3, "exp_avg")``.
+        content: pickled objects around them, never unpickled, or None; in a folder by name of the file.
         config: the model's ``config.json``, if there is one.
     """
 
@@ -117,9 +126,14 @@ class Layout(ABC):
         """
         self.path = path
         self.files = dict(files)
+        self.folders: tuple[str, ...] = ()
         self.config: Mapping[str, Any] | None = None
-        self._open: dict[str, tuple[int, os.stat_result]] = {}
         self.tensors: Mapping[str, StoredTensor] = {}
+        self.state: Mapping[str, StoredTensor] = {}
+        self.paths: Mapping[str, tuple[str | int, ...]] = {}
+        self.content: Any = None
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._seen: dict[str, os.stat_result] = {}
 
     @abstractmethod
     def _parse(self) -> Mapping[str, StoredTensor]:
@@ -136,6 +150,18 @@ class Layout(ABC):
             patched: ``(offset, count)`` of every patch, in bytes.
         """
 
+    def mended(self, file: str, patched: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        r"""Where :meth:`mend` writes, so that a check of the copy can tell check sums from damage.
+
+        Args:
+            file: relative name of the file.
+            patched: as for :meth:`mend`.
+
+        Returns:
+            ``(offset, count)`` of every check sum; nothing for a format without any.
+        """
+        return ()
+
     def fd(self, file: str) -> int:
         r"""The open source file of that name.
 
@@ -143,15 +169,29 @@ class Layout(ABC):
             file: relative name.
 
         Returns:
-            A file descriptor that stays owned by the layout.
+            A file descriptor that stays owned by the layout, good until the next call.
+
+        Raises:
+            CheckpointError: the file has gone, or is another one than at first.
         """
-        if file not in self._open:
-            handle = os.open(self.files[file], os.O_RDONLY | os.O_CLOEXEC)
-            self._open[file] = handle, os.fstat(handle)
-        return self._open[file][0]
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        if len(self._open) >= OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            # Never blocks on a pipe that has taken the place of a file.
+            handle = os.open(self.files[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.files[file]} has vanished; the checkpoint is incomplete") from None
+        self._open[file] = handle
+        now = os.fstat(handle)
+        if not _same(self._seen.setdefault(file, now), now):
+            raise self._changed(file)
+        return handle
 
     def stat(self, file: str) -> os.stat_result:
-        r"""What the source file was when it was opened.
+        r"""What the source file was when it was opened first.
 
         Args:
             file: relative name.
@@ -159,8 +199,20 @@ class Layout(ABC):
         Returns:
             Size, mode and times.
         """
-        self.fd(file)
-        return self._open[file][1]
+        if file not in self._seen:
+            self.fd(file)
+        return self._seen[file]
+
+    def find(self, name: str) -> StoredTensor:
+        r"""Look a tensor up among the weights, then among the state.
+
+        Args:
+            name: its key.
+
+        Returns:
+            The tensor.
+        """
+        return self.tensors[name] if name in self.tensors else self.state[name]
 
     def read(self, name: str) -> Tensor:
         r"""Read one tensor.
@@ -171,15 +223,8 @@ class Layout(ABC):
         Returns:
             A fresh contiguous CPU tensor of the stored dtype and shape.
         """
-        stored = self.tensors[name]
-        first = stored.chunks[0]
-        if first.contiguous and first.shape == stored.shape:
-            return _load(self.fd(first.file), first, self.dtype(name)).view(stored.shape)
-        whole = torch.empty(stored.shape, dtype=self.dtype(name))
-        for chunk in stored.chunks:
-            piece = _load(self.fd(chunk.file), chunk, whole.dtype)
-            whole[chunk.slices] = piece.as_strided(chunk.shape, chunk.strides)
-        return whole
+        self.dtype(name)
+        return load(self.find(name), self.fd)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         r"""Go through a tensor's stored elements in small flat pieces, for checks that need no shape.
@@ -191,7 +236,7 @@ class Layout(ABC):
             Tensor: one-dimensional pieces; elements in the gaps of a strided tensor are not among them.
         """
         dtype = self.dtype(name)
-        for chunk in self.tensors[name].chunks:
+        for chunk in self.find(name).chunks:
             if not chunk.contiguous:
                 yield (_load(self.fd(chunk.file), chunk, dtype).as_strided(chunk.shape, chunk.strides).flatten())
                 continue
@@ -211,7 +256,7 @@ class Layout(ABC):
         Raises:
             CheckpointError: torch has no such type.
         """
-        stored = self.tensors[name]
+        stored = self.find(name)
         if stored.dtype is None:
             raise CheckpointError(
                 f"{self.path}: {name} has dtype {stored.dtype_name}, which torch cannot read; exclude it"
@@ -219,23 +264,29 @@ class Layout(ABC):
         return stored.dtype
 
     def check_unchanged(self) -> None:
-        r"""Make sure that nobody wrote to the source meanwhile.
+        r"""Make sure that nobody wrote to the source meanwhile, or removed it.
 
         Raises:
-            CheckpointError: a file differs in size or time from when it was opened.
+            CheckpointError: a file has gone, or differs in identity, size or time from when it was opened.
         """
-        for file, (handle, before) in self._open.items():
-            now = os.fstat(handle)
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise CheckpointError(
-                    f"{self.files[file]} changed while it was being read; "
-                    "wait until the training run has finished writing it and repeat the command"
-                )
+        for file, before in self._seen.items():
+            try:
+                now = os.stat(self.files[file])
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.files[file]} vanished while it was being read") from None
+            if not _same(before, now):
+                raise self._changed(file)
+
+    def _changed(self, file: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.files[file]} changed while it was being read; "
+            "wait until the training run has finished writing it and repeat the command"
+        )
 
     def close(self) -> None:
         r"""Close all files."""
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            os.close(self._open.popitem()[1])
 
     def __enter__(self: _L) -> _L:
         r"""Find the tensors.
@@ -255,6 +306,27 @@ class Layout(ABC):
     ) -> None:
         r"""Close all files."""
         self.close()
+
+
+def load(stored: StoredTensor, fd: Callable[[str], int]) -> Tensor:
+    r"""Read one tensor.
+
+    Args:
+        stored: where it lies; of a type that torch has.
+        fd: gives the open file of a relative name.
+
+    Returns:
+        A fresh contiguous CPU tensor of the stored dtype and shape.
+    """
+    whole = torch.empty(0, dtype=stored.dtype)
+    first = stored.chunks[0]
+    if first.contiguous and first.shape == stored.shape:
+        return _load(fd(first.file), first, whole.dtype).view(stored.shape)
+    whole = whole.new_empty(stored.shape)
+    for chunk in stored.chunks:
+        piece = _load(fd(chunk.file), chunk, whole.dtype)
+        whole[chunk.slices] = piece.as_strided(chunk.shape, chunk.strides)
+    return whole
 
 
 def store(fd: int, chunk: Chunk, value: Tensor) -> tuple[int, int]:
@@ -299,6 +371,15 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
+
+
+def _same(before: os.stat_result, now: os.stat_result) -> bool:
+    return (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns) == (
+        now.st_dev,
+        now.st_ino,
+        now.st_size,
+        now.st_mtime_ns,
+    )
 
 
 def _load(fd: int, chunk: Chunk, dtype: torch.dtype) -> Tensor:

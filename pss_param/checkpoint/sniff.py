@@ -8,15 +8,19 @@ from typing import Any
 
 from pss_param.errors import CheckpointError
 
+from .dcp import DcpLayout
+from .folder import FolderLayout
 from .layout import Layout
 from .safetensors import SafetensorsLayout
+from .start import is_torch_zip, refuse_pickle
+from .torch_zip import TorchZipLayout
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Layout:
     r"""Recognise a checkpoint.
 
     Args:
-        path: a ``.safetensors`` file.
+        path: a file, or a folder with weights at its top.
 
     Returns:
         A layout; enter it as a context manager to read.
@@ -35,23 +39,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Layout:
     if not where.exists():
         raise CheckpointError(f"{where} does not exist")
     if where.is_dir():
-        raise CheckpointError(f"{where} is a folder; name one .safetensors file in it")
+        return _open_folder(where)
     if not where.is_file():
         raise CheckpointError(f"{where} is no regular file; copy the checkpoint to a disk first")
-    _refuse_known(where)
-    layout = SafetensorsLayout(where)
+    refuse_pickle(where)
+    layout: Layout = TorchZipLayout(where) if is_torch_zip(where) else SafetensorsLayout(where)
     layout.config = read_config(where.parent)
     return layout
 
 
-def _refuse_known(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"{path} is a torch zip file; only .safetensors files can be read so far")
-    # A safetensors header is under 100 MB, so its length has zeros where a pickle has its first opcodes.
-    if start.startswith(b"\x80") and start[4:8].strip(b"\0"):
-        raise CheckpointError(f"{path} is a pickle, which can run code when it is read; save it again with safetensors")
+def _open_folder(path: Path) -> Layout:
+    if (path / ".metadata").is_file():
+        layout: Layout = DcpLayout(path)
+    else:
+        layout = FolderLayout(path)
+    layout.config = read_config(path)
+    return layout
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,10 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +27,8 @@ from pss_param.errors import CheckpointError
 from .transfer import reserve, write_all
 
 MARK = ".pss-tmp-"
+REPORT_SUFFIX = ".pss.json"
+"""What the name of a report adds to the name of the checkpoint that it tells of."""
 
 
 class StagedFile:
@@ -62,17 +67,13 @@ class StagedFile:
 
         Returns:
             The staged file itself, with ``fd`` open.
-
-        Raises:
-            CheckpointError: the destination's folder does not exist.
         """
-        if not self.destination.parent.is_dir():
-            raise CheckpointError(f"{self.destination.parent} is not a folder; create it first")
+        check_parent(self.destination)
         remove_leftovers(self.destination)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         # A private checkpoint must not be readable by others while it is being built.
         self.fd = os.open(self.temporary, flags, 0o666 if self.mode is None else 0o600)
-        _lock(self.fd)
+        lock(self.fd)
         return self
 
     def reserve(self, size: int) -> None:
@@ -80,20 +81,9 @@ class StagedFile:
 
         Args:
             size: final size in bytes.
-
-        Raises:
-            CheckpointError: there is not enough space.
-            OSError: the file system refuses for another reason.
         """
-        try:
+        with no_space(self.destination.parent, size):
             reserve(self.fd, size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise CheckpointError(
-                f"{self.destination.parent} cannot take a file of {size:,} bytes ({error.strerror}); "
-                "free space there or write elsewhere with -o"
-            ) from None
 
     def flush(self) -> None:
         r"""Set the mode and bring everything to the disk; whatever can still fail fails here."""
@@ -107,10 +97,14 @@ class StagedFile:
         A destination that has appeared meanwhile raises :class:`CheckpointError` unless ``force`` is set.
         """
         self.flush()
-        check_free(self.destination, self.force)
+        self.check_free()
         os.replace(self.temporary, self.destination)
         self._close()
         sync_folder(self.destination.parent)
+
+    def check_free(self) -> None:
+        r"""Raise where the destination exists by now and may not be replaced."""
+        check_free(self.destination, self.force)
 
     def _close(self) -> None:
         if self.fd >= 0:
@@ -177,18 +171,25 @@ def remove_leftovers(destination: Path) -> None:
     """
     prefix = f".{destination.name}{MARK}"
     for entry in list(os.scandir(destination.parent)):
-        if entry.name.startswith(prefix) and stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+        if entry.name.startswith(prefix):
             _remove_if_abandoned(Path(entry.path))
 
 
 def _remove_if_abandoned(path: Path) -> None:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            return
+        flags = os.O_RDONLY if kind == stat.S_IFDIR else os.O_RDWR
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (FileNotFoundError, PermissionError):
         return  # its writer has just finished, or it is another user's: neither is ours to remove
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
+        if kind == stat.S_IFDIR:
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         # Held by a living writer, or a file system without locks: then nobody can tell, so it stays.
         if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -197,7 +198,64 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(fd)
 
 
-def _lock(fd: int) -> None:
+def remove_tree(folder: Path) -> None:
+    r"""Remove a folder of ours and all in it, also where its sub-folders are read-only already.
+
+    Args:
+        folder: the folder.
+    """
+    for root, _, _ in os.walk(folder):
+        os.chmod(root, 0o700)
+    shutil.rmtree(folder)
+
+
+def check_parent(destination: Path) -> None:
+    r"""Make sure that the folder which will hold an output is there.
+
+    Args:
+        destination: the output.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"{destination.parent} is not a folder; create it first")
+
+
+@contextmanager
+def no_space(folder: Path, size: int) -> Generator[None, None, None]:
+    r"""Turn the system's "no space" into a sentence that says what to do.
+
+    Args:
+        folder: where it is to be written.
+        size: bytes that are needed.
+
+    Yields:
+        None: nothing.
+
+    Raises:
+        CheckpointError: there is not enough space.
+        OSError: the file system refuses for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckpointError(
+            f"{folder} cannot take {size:,} bytes ({error.strerror}); free space there or write elsewhere with -o"
+        ) from None
+
+
+def lock(fd: int) -> None:
+    r"""Hold a temporary while its writer lives. See Note [Left-over temporaries].
+
+    Args:
+        fd: the temporary file or folder.
+
+    Raises:
+        OSError: it cannot be locked, on a file system that has locks.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Which number of an optimizer's state belongs to which parameter.
+
+``torch.optim`` numbers parameters in the order of its groups and writes no names. The order is known to whoever
+made the optimizer (:func:`write_param_order`), or follows from the model where a known trainer made it
+(:func:`order_from_config`).
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pss_param.checkpoint.write import write_file
+from pss_param.errors import ArgumentError, CheckpointError
+
+SCHEMA = "pss-param/param-order/1"
+MAX_FILE = 100_000_000
+
+
+@dataclass(frozen=True)
+class ParamOrder:
+    r"""Names and shapes of an optimizer's parameters, in the order of its numbers.
+
+    Args:
+        names: dotted names, one per number.
+        shapes: their shapes.
+        origin: where the order was taken from, for messages.
+        checked: whether the shapes are known and to be compared.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    origin: str
+    checked: bool = True
+
+
+def write_param_order(
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str], *, force: bool = False
+) -> None:
+    r"""Write down which parameter has which number in an optimizer's state, for ``pss-repair --param-order``.
+
+    Args:
+        model: holds the parameters; wrapped or not.
+        optimizer: made from parameters of the model.
+        path: the JSON file to write.
+        force: whether an existing file may be replaced.
+
+    Raises:
+        ArgumentError: a parameter of the optimizer is not in the model.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(2, 2)
+        >>> path = Path(tempfile.mkdtemp()) / "order.json"
+        >>> write_param_order(model, torch.optim.SGD([model.bias, model.weight]), path)
+        >>> read_param_order(path).names
+        ('bias', 'weight')
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rows = []
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) not in names:
+            raise ArgumentError(
+                f"parameter {number} of the optimizer, shape {tuple(parameter.shape)}, is not in the model; "
+                "pass the model that the optimizer was made for"
+            )
+        rows.append({"name": names[id(parameter)], "shape": list(parameter.shape)})
+    text = json.dumps({"schema": SCHEMA, "parameters": rows}, indent=1) + "\n"
+    write_file(Path(path), text.encode(), force)
+
+
+def read_param_order(path: str | os.PathLike[str]) -> ParamOrder:
+    r"""Read what :func:`write_param_order` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The order.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    where = Path(path)
+    if not where.is_file() or where.stat().st_size > MAX_FILE:
+        raise CheckpointError(f"{where} is no file of pss_param.write_param_order")
+    try:
+        content = json.loads(where.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is no JSON ({str(error)[:80]})") from None
+    rows = content.get("parameters") if isinstance(content, dict) and content.get("schema") == SCHEMA else None
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise CheckpointError(f"{where} is no file of the schema {SCHEMA}; make it with pss_param.write_param_order")
+    names = tuple(row["name"] for row in rows)
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{where} names a parameter twice; make it anew with pss_param.write_param_order")
+    return ParamOrder(names, tuple(tuple(row["shape"]) for row in rows), os.fspath(path))
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not isinstance(row.get("shape"), list):
+        return False
+    return all(type(size) is int and size >= 0 for size in row["shape"])
+
+
+def order_from_config(folder: Path, groups: Sequence[int]) -> ParamOrder:
+    r"""Work out the order from a folder's ``config.json``: the model is built without memory, and its parameters
+    are grouped as transformers' ``Trainer`` does (with and without weight decay), or in one group.
+
+    Args:
+        folder: holds ``config.json``.
+        groups: number of parameters of every group in the optimizer's state.
+
+    Returns:
+        The order; its shapes are still to be compared with the state.
+
+    Raises:
+        CheckpointError: transformers is not installed, does not know the model, or would group otherwise.
+    """
+    model = _meta_model(folder)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if len(groups) == 2:
+        decay = _decayed(model)
+        parts = [[n for n in trained if n in decay], [n for n in trained if n not in decay]]
+    else:
+        parts = [trained]
+    if [len(part) for part in parts] != list(groups):
+        raise CheckpointError(
+            f"{folder}: the optimizer has groups of {list(groups)} parameters, the model of config.json would have "
+            f"{[len(part) for part in parts]}; pass --param-order (made by pss_param.write_param_order)"
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = tuple(name for part in parts for name in part)
+    return ParamOrder(names, tuple(shapes[name] for name in names), f"{folder / 'config.json'}")
+
+
+def _meta_model(folder: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            f"{folder}: to work out the order of parameters from config.json, transformers must be installed "
+            "(pip install 'pss-param[hf]'); or pass --param-order (made by pss_param.write_param_order)"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise ValueError(f"transformers {transformers.__version__} has no class {config.architectures}")
+        with torch.device("meta"):
+            return kind(config)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise CheckpointError(
+            f"{folder}: the model of config.json cannot be built ({reason}); "
+            "pass --param-order (made by pss_param.write_param_order)"
+        ) from None
+
+
+def _decayed(model: nn.Module) -> frozenset[str]:
+    from transformers import Trainer
+
+    # A method without state: the rule is asked from the installed version, not repeated here.
+    return frozenset(Trainer.get_decay_parameter_names(object.__new__(Trainer), model))

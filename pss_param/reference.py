@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A healthy checkpoint of the same model, from which tensors are taken or measured."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+
+from torch import Tensor
+
+from pss_param.checkpoint import open_checkpoint
+from pss_param.errors import ArgumentError, NonFiniteError
+from pss_param.finite import count_nonfinite
+from pss_param.options import Reference
+from pss_param.plan import StateDictSource, TensorSource
+from pss_param.roles import plain_name
+
+
+class HealthySource:
+    r"""Finds counterparts of tensors; a context manager that holds the reference open.
+
+    Names are compared as they are first, then without what trainers put in front of them (``module.``, ...).
+
+    Args:
+        reference: path of a checkpoint of any format, a state dict, or None.
+
+    Raises:
+        CheckpointError: the reference cannot be read.
+    """
+
+    def __init__(self, reference: Reference | None) -> None:
+        r"""See the class."""
+        self.reference = reference
+        self._source: TensorSource | None = None
+        self._names: dict[str, str] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "HealthySource":
+        r"""Open the reference.
+
+        Returns:
+            The source itself.
+        """
+        if isinstance(self.reference, Mapping):
+            self._source = StateDictSource(self.reference)
+        elif self.reference is not None:
+            self._source = self._stack.enter_context(open_checkpoint(self.reference))
+        if self._source is not None:
+            self._names = {plain_name(name): name for name in self._source.tensors}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        r"""Close the reference."""
+        self._stack.close()
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        r"""Read a counterpart.
+
+        Args:
+            name: key of the tensor.
+            shape: its shape.
+
+        Returns:
+            The counterpart, finite, of this shape and its own type.
+
+        Raises:
+            ArgumentError: the reference has none that fits.
+            NonFiniteError: it holds NaN or infinity.
+        """
+        source = self._source
+        key = name if source is None or name in source.tensors else self._names.get(plain_name(name), name)
+        stored = None if source is None else source.tensors.get(key)
+        if source is None or stored is None or stored.shape != shape or not stored.floating:
+            found = "does not have it" if stored is None else f"has it as {stored.dtype_name} {stored.shape}"
+            raise ArgumentError(
+                f"{name} {shape} needs its counterpart, but the reference {found}; "
+                "name a checkpoint of the same model, or exclude the tensor"
+            )
+        if count := count_nonfinite(source.blocks(key)):
+            raise NonFiniteError(f"the reference has {count} non-finite value(s) in {key}; name a healthy one")
+        return source.read(key)
+
+    @property
+    def present(self) -> bool:
+        r"""Whether there is a reference."""
+        return self._source is not None
