@@ -15,10 +15,12 @@ import torch
 from pss_param.errors import PssError
 from pss_param.version import __version__
 
+from .compare import compare
 from .console import fail
 from .export import export
 from .repair import repair
 from .scan import scan
+from .verify import verify
 
 DONE, FAILED, USAGE = 0, 1, 2
 
@@ -118,21 +120,26 @@ class RepairGroup(click.Group):
 def cli() -> None:
     """Repair the checkpoint of a training run that has diverged.
 
-    CKPT is a .safetensors file. A copy is written beside it (x.repaired.safetensors) in which the dominant
-    singular values of the weight matrices are brought down; everything else is identical byte for byte. The
-    input is never changed. A report, x.repaired.safetensors.pss.json, lists what was done.
+    CKPT is a file (.safetensors, .pt, .bin, Lightning .ckpt) or a folder (Hugging Face model or shards, Trainer
+    checkpoint-N, accelerate state, distributed checkpoint). A copy is written beside it (x.repaired.safetensors,
+    folder-repaired) in which the dominant singular values of the weight matrices are brought down; everything
+    else is identical byte for byte. The input is never changed. A report beside the copy (*.pss.json) lists what
+    was done.
 
     \b
     pss-repair model.safetensors               repair with the defaults
+    pss-repair checkpoint-85000                a folder that training resumes from
     pss-repair --dry-run model.safetensors     compute and show, write nothing
     pss-repair scan model.safetensors          look, and exit with 3 if it is damaged
+    pss-repair compare good bad                which matrices fell, against a healthy checkpoint
+    pss-repair verify x-repaired --source x    check a repaired checkpoint again
     pss-repair demo                            a run dies and is rescued, in a minute
 
     Exit codes: 0 done, 1 an error (one line says what to do), 2 wrong usage, 3 scan found damage.
     """  # noqa: D301 - click needs the character \b itself
 
 
-for command in (repair, scan, export):
+for command in (repair, scan, compare, verify, export):
     cli.add_command(command)
 
 

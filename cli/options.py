@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from pss_param.options import WORDS
 from pss_param.smoothing import EDGES, SHAPES, WHOLE_MATRIX_SHAPES
 from pss_param.targets import PRESETS
 
@@ -53,11 +54,52 @@ _SMOOTHING = (
         "--init-std", type=click.FloatRange(min=0, min_open=True),
         help="Standard deviation of a fresh weight, for --edge init.",
     ),
-    click.option(
-        "--reference", type=click.Path(), metavar="GOOD", help="A healthy checkpoint, for --edge reference.",
-    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the random start."),
 )  # fmt: skip
+
+
+reference = click.option(
+    "--reference", type=click.Path(), metavar="GOOD", help="A healthy checkpoint of the model, any format: show drift."
+)
+
+_HEALTHY = (
+    reference,
+    click.option(
+        "--nonfinite", type=click.Choice(WORDS["nonfinite"]), default="refuse", show_default=True,
+        help="Tensors with NaN or infinity: refuse, or take them from GOOD.",
+    ),
+    click.option(
+        "--where", type=click.Choice(WORDS["where"]), default="all", show_default=True,
+        help="Repair all targets, or those whose stable rank fell against GOOD.",
+    ),
+    click.option(
+        "--drifted-below", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
+        metavar="FRACTION", help="Of GOOD's stable rank, for --where drifted.",
+    ),
+    click.option(
+        "--optimizer", type=click.Choice(WORDS["optimizer"]), default="keep", show_default=True,
+        help="Moments: keep, reset those of repaired parameters, or reset all.",
+    ),
+    click.option(
+        "--param-order", type=click.Path(), metavar="FILE",
+        help="From pss_param.write_param_order, where the state numbers its parameters.",
+    ),
+    click.option(
+        "--verify/--no-verify", default=True, show_default=True, help="Read the copy again before it gets its name.",
+    ),
+)  # fmt: skip
+
+
+def recovery(function: _F) -> _F:
+    r"""Add the options about a healthy checkpoint, the optimizer's state and the check of the copy.
+
+    Args:
+        function: a command's function.
+
+    Returns:
+        The same function.
+    """
+    return _stacked(_HEALTHY, function)
 
 
 def selection(function: _F) -> _F:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""``pss-repair CKPT``."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ from pss_param.report import Report, TensorReport, report_path
 
 from . import options
 from .console import add, progress_bar, say, stdout, table
+from .drift import show_drift
 
 
 @click.command(hidden=True)
@@ -20,6 +22,7 @@ from .console import add, progress_bar, say, stdout, table
 @click.option("--dry-run", is_flag=True, help="Compute and report, write nothing.")
 @options.as_json
 @options.smoothing
+@options.recovery
 @options.selection
 def repair(ckpt: str, output: str | None, force: bool, dry_run: bool, as_json: bool, **choices: Any) -> None:
     """Write a repaired copy of the checkpoint CKPT, and a report beside it."""
@@ -40,6 +43,15 @@ def _show(report: Report) -> None:
     for tensor in report.tensors:
         add(rows, *_cells(tensor), style="" if tensor.changed else "dim")
     stdout().print(rows)
+    if report.drift:
+        stdout().print()
+        show_drift(report.drift)
+    for name, restored in report.restored.items():
+        say(f"took {name} from the reference: {restored.nonfinite} of its values were NaN or infinite")
+    if report.optimizer.reset:
+        say(f"optimizer: the state of {len(report.optimizer.reset)} parameters is initial again")
+    if report.optimizer.masters:
+        say(f"optimizer: {len(report.optimizer.masters)} master copies got the same correction")
 
 
 def _cells(tensor: TensorReport) -> tuple[str, ...]:
@@ -63,7 +75,6 @@ def _close(report: Report) -> None:
     if report.output is None:
         say(f"dry run: {count}, {others}; nothing was written ({report.seconds:.1f} s)")
         return
-    from pathlib import Path
-
     say(f"{count}, {others} ({report.seconds:.1f} s)")
-    say(f"wrote {report.output} and {report_path(Path(report.output)).name}")
+    checked = ", verified" if report.options["verify"] else ""
+    say(f"wrote {report.output} and {report_path(Path(report.output)).name}{checked}")

@@ -10,6 +10,7 @@ from pss_param.scan import ScanReport, ScanRow, scan_checkpoint
 
 from . import options
 from .console import add, progress_bar, say, stdout, table
+from .drift import show_drift
 
 DAMAGE_FOUND = 3
 
@@ -17,6 +18,7 @@ DAMAGE_FOUND = 3
 @click.command(short_help="Look for damage; exit with 3 if there is any.")
 @options.checkpoint
 @click.option("--skipped", is_flag=True, help="List the tensors that are no targets, with the reasons.")
+@options.reference
 @options.as_json
 @options.selection
 def scan(ckpt: str, skipped: bool, as_json: bool, **choices: Any) -> None:
@@ -44,6 +46,9 @@ def _show(report: ScanReport, skipped: bool) -> None:
     for name, count in report.nonfinite.items():
         add(rows, name, "", "", "", "", f"{count} values are NaN or infinite", style="bold red")
     stdout().print(rows)
+    if report.drift:
+        stdout().print()
+        show_drift(report.drift)
     if skipped and report.skipped:
         others = table("not scanned", "reason")
         for name, reason in report.skipped.items():

@@ -19,6 +19,15 @@ quadratic one ``||R[:j]||^2 / (S[k] - S[j] - |R[j]|)`` (Mathias 1998); the small
 edge was missed altogether is certain only in probability: the start is Gaussian and wider than the wanted set (Note
 [Width of the block] in :mod:`pss_param.krylov`).
 
+# Note [Ceilings]
+In the basis of Ritz vectors and their complement, ``W^T W = [[Theta, C^T], [C, M]]`` with ``Theta = diag(S^2)`` and the
+measured coupling ``C``. For every ``x > ||M||``, as many eigenvalues lie above ``x`` as ``Theta + C^T (x - M)^-1 C - x``
+has positive ones (Sylvester), so the eigenvalues of ``Theta + C^T C / (c^2 - ||M||)`` bound those of ``W^T W`` from above
+wherever they are at least ``c^2``. Converged values are hardly moved by it, so this bound is far sharper than the sums
+of residuals above, and replaces ``|R|`` and the bounds of Weyl and Mathias once the residuals themselves are within
+tolerance. ``||M||`` is taken as the largest Ritz value of the last block by itself: that block was the part of the
+complement which the iteration would have amplified next, and the complement has only shrunk since.
+
 # Note [An integer stable rank]
 ``k`` copies of one value have ``SR = k`` exactly, and rounding must not decide between ``k`` and ``k - 1``. A stable
 rank within 1e-4 (relative) below an integer counts as the integer, on every device alike, and the iteration goes on
@@ -71,6 +80,7 @@ class Spectrum:
     complete: bool
     eps: float
     tail: tuple[int, float] | None = None
+    ceilings: Sequence[float] | None = None
 
     @property
     def rounding(self) -> float:
@@ -175,7 +185,9 @@ def stable_rank_of(top: float) -> float:
 
 
 def _value_error(seen: Spectrum, index: int) -> float:
-    """Bound on how far ``S[index]`` is below the true value: Weyl's and the quadratic one."""
+    """Bound on how far ``S[index]`` is below the true value: the ceiling's, or Weyl's and the quadratic one."""
+    if seen.ceilings is not None:
+        return max(0.0, seen.ceilings[index] - seen.S[index])
     energy = sum(r * r for r in seen.residual[: index + 1])
     best, value = math.sqrt(energy), seen.S[index]
     for s, r in zip(seen.S[index + 1 :], seen.residual[index + 1 :], strict=True):
@@ -188,11 +200,25 @@ def _value_error(seen: Spectrum, index: int) -> float:
 
 def _correction_error(seen: Spectrum, level: float, k: int) -> float:
     """The bound of Note [What the certificate says] without the edge's own error."""
-    hidden = sum(max(0.0, s + r - level) ** 2 for s, r in zip(seen.S[k:], seen.residual[k:], strict=True))
+    highest = seen.ceilings if seen.ceilings is not None else [s + r for s, r in zip(seen.S, seen.residual, strict=True)]
+    hidden = sum(max(0.0, most - level) ** 2 for most in highest[k:])
+    return leak(seen, level, k) + math.sqrt(hidden) + seen.rounding
+
+
+def leak(seen: Spectrum, level: float, k: int) -> float:
+    """The part of the bound that the residuals of the taken triplets make up.
+
+    Args:
+        seen: what is known of the matrix.
+        level: the edge.
+        k: how many triplets are taken.
+
+    Returns:
+        ``min_j ||R[:j]||_F + 2 ||(S - c)[j:k]||_2``.
+    """
     leaks = accumulate((r * r for r in seen.residual[:k]), initial=0.0)
     moves = list(accumulate((max(0.0, s - level) ** 2 for s in reversed(seen.S[:k])), initial=0.0))
-    leak = min(math.sqrt(x) + 2 * math.sqrt(y) for x, y in zip(leaks, reversed(moves), strict=True))
-    return leak + math.sqrt(hidden) + seen.rounding
+    return min(math.sqrt(x) + 2 * math.sqrt(y) for x, y in zip(leaks, reversed(moves), strict=True))
 
 
 def _bulk_factor(m: int, n: int) -> float:

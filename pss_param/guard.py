@@ -64,6 +64,7 @@ class Guard:
         for name, holders in self._slots.items():
             self.views[name] = _view_at(holders[0])
         self.steps = self.triggers = self.nonfinite = self.resting = 0
+        self._stale: set[str] = set()
         self._attached = True
         self._previewing = False
         self._warned = False
@@ -204,7 +205,13 @@ class Guard:
         openings = {name: view.openings + view.is_open for name, view in self.views.items()}
         counters = {name: getattr(self, name) for name in _COUNTERS}
         detector = {key: _copy(value) for key, value in self.detector.state_dict().items()}
-        return {"detector": detector, "counters": counters, "openings": openings}
+        # The moments of a weight that is saved folded are to be cleared by the resumed run, at its next step.
+        waiting = {
+            name: name in self._stale or (self.policy.reset_moments and view.is_open)
+            for name, view in self.views.items()
+        }
+        stale = {name: int(value) for name, value in waiting.items()}
+        return {"detector": detector, "counters": counters, "openings": openings, "stale": stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         r"""Take a state back. Load the model's state too; gates that are open are closed without a fold.
@@ -226,7 +233,14 @@ class Guard:
                 f"the saved guard and this one watch different weights, among them {differing[0]}; "
                 "attach with the same targets before loading"
             )
+        differing = sorted(set(state["detector"]) ^ set(self.detector.state_dict()))
+        if differing:
+            raise ArgumentError(
+                f"the saved guard has another detector than {type(self.detector).__name__}, they differ in "
+                f"{differing[0]}; attach with the same detector before loading"
+            )
         self.detector.load_state_dict(state["detector"])
+        self._stale = {name for name, value in state.get("stale", {}).items() if value}
         for name, view in self.views.items():
             view.close()
             view.openings = int(state["openings"][name])
@@ -273,6 +287,8 @@ class Guard:
     def _require_ready(self, call: str) -> None:
         if not self._attached:
             raise StateError(f"{call} on a detached guard; attach again with pss_param.attach(model)")
+        if not _is_in_place(*next((self._slots[name][0], view) for name, view in self.views.items())):
+            raise StateError(f"{call}, but pss_param.detach(model) has removed its views; attach again")
         if self._previewing:
             raise StateError(f"{call} inside guard.preview(); leave the preview first")
         refuse_inside_backward(f"{call} cannot run")
@@ -292,11 +308,14 @@ class Guard:
         if pending:
             reshard(self.model)
         for name in pending:
-            weight = self._slots[name][0].weight
-            self.views[name].fold_(weight)
-            if optimizer is not None and self.policy.reset_moments:
+            self.views[name].fold_(self._slots[name][0].weight)
+        if self.policy.reset_moments:
+            self._stale.update(pending)
+        if optimizer is not None:
+            for name in self._stale:
                 # Optimizers create the state of a parameter anew when they find none.
-                optimizer.state.pop(weight, None)
+                optimizer.state.pop(self._slots[name][0].weight, None)
+            self._stale.clear()
         if pending:
             # Inside a long autocast block the casts of the old values are still cached.
             torch.clear_autocast_cache()
@@ -405,6 +424,12 @@ def detach(model: nn.Module) -> None:
         view.fold_(slot.weight)
     for slot, _ in occupied:
         slot.clear()
+
+
+def _is_in_place(slot: Slot, view: SmoothingView) -> bool:
+    lists = slot.module._modules.get("parametrizations")
+    views = None if lists is None else lists._modules.get(slot.name)
+    return views is not None and views._modules["0"] is view
 
 
 def _view_at(slot: Slot) -> SmoothingView:

@@ -132,6 +132,27 @@ class Krylov:
         leak = torch.linalg.vector_norm(self._next @ inside, dim=1)
         return Ritz(S, torch.where(S > 0, leak / S, leak), Y)
 
+    def ceilings(self, ritz: Ritz, index: int, reference: float) -> list[float] | None:
+        r"""Upper bounds on the singular values of one matrix: Note [Ceilings] in :mod:`pss_param.certificate`.
+
+        Args:
+            ritz: the Ritz decomposition of the present basis.
+            index: which matrix of the batch.
+            reference: the bounds hold for values at and above this one, in scaled units.
+
+        Returns:
+            A bound for each Ritz value, descending; ``None`` where the rest of the matrix reaches up to ``reference``.
+        """
+        first = self.rank - self._last
+        rest = float(torch.linalg.eigvalsh(self._gram[index, first:, first:].double())[-1])
+        gap = reference * reference - rest
+        if gap <= 0:
+            return None
+        inside, outside = ritz.coordinates[index, first:], self._next[index]
+        coupling = (inside.mT @ (outside.mT @ outside) @ inside).double()
+        values = torch.linalg.eigvalsh(torch.diag(ritz.S[index].double().square()) + coupling / gap)
+        return list(values.clamp_min(0).sqrt().flip(0).tolist())
+
     def expand(self, fresh: int, columns: int) -> None:
         """Add the block that the last residual pass computed: one pass over ``W``.
 

@@ -49,8 +49,9 @@ class OptimizerEditor:
     def _refuse_loose(self, state: OptimizerState) -> None:
         if loose := state.loose_masters():
             raise CheckpointError(
-                f"{self.layout.path}: {state.label} keeps master copies of the weights flattened together ({loose[0]}), "
-                "which would overwrite repaired weights at the next step; start a new optimizer from the repaired "
+                f"{self.layout.path}: {state.label} keeps master copies of the weights flattened together ({loose[0]}); "
+                
+                "they would overwrite repaired weights at the next step; start a new optimizer from the repaired "
                 "weights: repair the weights' file alone"
             )
 
@@ -88,7 +89,9 @@ class OptimizerEditor:
             if stored.floating and leaf not in {"running_mean", "running_var"}:
                 first.setdefault(stored.storage, name)
         names = tuple(first.values())
-        return ParamOrder(names, tuple(self.layout.tensors[name].shape for name in names), "the order of its state_dict")
+        return ParamOrder(
+            names, tuple(self.layout.tensors[name].shape for name in names), "the order of its state_dict"
+        )
 
     def nonfinite(self) -> dict[str, int]:
         r"""Count NaN and infinity in all moments.
@@ -97,7 +100,7 @@ class OptimizerEditor:
             Counts by key; tensors without any are left out.
         """
         counts = {}
-        for key in (key for state in self.states for key in state.keys()):
+        for key in (key for state in self.states for key in state.tensors()):
             if self.layout.state[key].floating and (count := count_nonfinite(self.layout.blocks(key))):
                 counts[key] = count
         return counts

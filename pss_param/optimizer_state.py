@@ -70,7 +70,7 @@ class OptimizerState:
         r"""Whether parameters have numbers instead of names."""
         return any(isinstance(owner, int) for owner in self.fields)
 
-    def keys(self) -> Iterator[str]:
+    def tensors(self) -> Iterator[str]:
         r"""All tensors of the parameters.
 
         Yields:
@@ -109,7 +109,8 @@ def find_optimizers(layout: Layout) -> tuple[OptimizerState, ...]:
     if isinstance(layout, DcpLayout):
         used = {key for fields in layout.moments.values() for key in fields.values()}
         rest = tuple(key for key in layout.state if key not in used)
-        return (OptimizerState(("the optimizer",), layout.moments, loose=rest),) if layout.state else ()
+        by_name: dict[Owner, Mapping[str, str]] = {**layout.moments}
+        return (OptimizerState(("the optimizer",), by_name, loose=rest),) if layout.state else ()
     found: dict[tuple[Owner, ...], dict[Owner, dict[str, str]]] = {}
     loose: dict[str, tuple[Owner, ...]] = {}
     for key in layout.state:
@@ -157,12 +158,17 @@ def content_at(layout: Layout, path: Sequence[Owner]) -> Any:
 def _groups(node: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
     rows = texts_of(node).get("param_groups") if node is not None else None
     tables = [texts_of(row) for row in rows] if isinstance(rows, list) else []
-    groups = [table.get("params") for table in tables]
-    if not all(isinstance(group, list) and all(type(n) is int for n in group) for group in groups):
-        return (), ()
-    names = [name for table in tables for name in (table.get("param_names") or [])]
-    complete = len(names) == sum(map(len, groups)) and all(isinstance(name, str) for name in names)
-    return tuple(map(tuple, groups)), tuple(names) if complete else ()
+    groups: list[tuple[int, ...]] = []
+    names: list[str] = []
+    for table in tables:
+        members = table.get("params")
+        if not isinstance(members, list) or not all(type(number) is int for number in members):
+            return (), ()
+        groups.append(tuple(members))
+        recorded = table.get("param_names")
+        names += [name for name in recorded if isinstance(name, str)] if isinstance(recorded, list) else []
+    complete = len(names) == sum(map(len, groups))
+    return tuple(groups), tuple(names) if complete else ()
 
 
 def _numbers(node: Any) -> dict[Owner, tuple[str, ...]]:

@@ -104,7 +104,11 @@ class RepairOptions:
             ArgumentError: a value breaks a rule.
         """
         self._check_words()
-        wanting = {'edge="reference"': self.edge, 'nonfinite="reference"': self.nonfinite, 'where="drifted"': self.where}
+        wanting = {
+            'edge="reference"': self.edge,
+            'nonfinite="reference"': self.nonfinite,
+            'where="drifted"': self.where,
+        }
         for words, value in wanting.items():
             if value in {"reference", "drifted"} and self.reference is None:
                 raise ArgumentError(f"{words} needs a healthy checkpoint; pass reference (--reference GOOD)")

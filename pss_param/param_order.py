@@ -110,8 +110,10 @@ def _is_row(row: Any) -> bool:
 
 
 def order_from_config(folder: Path, groups: Sequence[int]) -> ParamOrder:
-    r"""Work out the order from a folder's ``config.json``: the model is built without memory, and its parameters
-    are grouped as transformers' ``Trainer`` does (with and without weight decay), or in one group.
+    r"""Work out the order from a folder's ``config.json``.
+
+    The model is built without memory, and its parameters are grouped as transformers' ``Trainer`` does (with and
+    without weight decay), or in one group.
 
     Args:
         folder: holds ``config.json``.

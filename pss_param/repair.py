@@ -157,7 +157,7 @@ def _with_optimizer(job: Job, optimizers: OptimizerEditor, put: Callable[[str, T
         if put is not None:
             put(name, value)
 
-    optimizers.check([alias for name in job.plan.targets for alias in job.aliases(name)])
+    optimizers.check([job.aliases(name) for name in job.plan.targets])
     outcome = operate(job, note)
     repaired = [*(tensor.name for tensor in outcome.tensors if tensor.changed), *outcome.restored]
     reset = optimizers.reset([job.aliases(name) for name in repaired], note)

@@ -135,7 +135,12 @@ class ThinSaving:
         if weight is None or factors is None or (is_sharded(saved) and saved is not shown and saved.dim() != 2):
             return saved
         return _Recipe(
-            weight, factors, self._view.openings, saved.shape, saved.stride(), 0 if is_sharded(saved) else saved.storage_offset()
+            weight,
+            factors,
+            self._view.openings,
+            saved.shape,
+            saved.stride(),
+            0 if is_sharded(saved) else saved.storage_offset(),
         )
 
     def _unpack(self, kept: "Tensor | _Recipe") -> Tensor:

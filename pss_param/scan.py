@@ -26,10 +26,16 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from pss_param.checkpoint import open_checkpoint
+import torch
+
+from pss_param.checkpoint import Layout, open_checkpoint
+from pss_param.drift import measure_drift
 from pss_param.finite import count_nonfinite
+from pss_param.optimizer_edit import OptimizerEditor
 from pss_param.options import Progress, ProgressHook, RepairOptions, pick_device
 from pss_param.plan import TensorSource, make_plan
+from pss_param.reference import HealthySource
+from pss_param.report import TensorDrift
 from pss_param.spectrum import spectral_norm, stable_rank
 from pss_param.surgery import parts_of
 from pss_param.targets import Target
@@ -85,6 +91,7 @@ class ScanReport:
         nonfinite: number of NaN and infinite elements by tensor name.
         median_stable_rank: over the matrices with both sides of at least 32, or None without any.
         findings: one sentence per kind of damage; empty for a sound checkpoint.
+        drift: how far each target has moved from the reference; empty without one.
     """
 
     source: str
@@ -94,6 +101,7 @@ class ScanReport:
     nonfinite: Mapping[str, int]
     median_stable_rank: float | None
     findings: tuple[str, ...]
+    drift: tuple[TensorDrift, ...] = ()
     version: str = __version__
     schema: str = SCHEMA
 
@@ -123,8 +131,8 @@ def scan_checkpoint(
 
     Args:
         path: the checkpoint; only read.
-        options: ``targets``, ``include``, ``exclude``, ``per_head`` and ``device`` count here; None for the
-        defaults.
+        options: ``targets``, ``include``, ``exclude``, ``per_head``, ``device`` and ``reference`` count here;
+            None for the defaults.
         progress: told of every tensor.
 
     Returns:
@@ -134,10 +142,11 @@ def scan_checkpoint(
     :class:`CheckpointError`.
     """
     options = options or RepairOptions()
-    with open_checkpoint(path) as layout:
+    with open_checkpoint(path) as layout, HealthySource(options.reference) as reference:
         plan = make_plan(layout, options.rules())
         device = pick_device(options.device)
         rows: list[ScanRow] = []
+        drift: list[TensorDrift] = []
         nonfinite: dict[str, int] = {}
         floats = {name: stored for name, stored in layout.tensors.items() if stored.floating}
         total, done = sum(stored.nbytes for stored in floats.values()), 0
@@ -147,15 +156,34 @@ def scan_checkpoint(
             if count := count_nonfinite(layout.blocks(name)):
                 nonfinite[name] = count
             elif name in plan.targets:
-                rows += _measure(layout, plan.targets[name], device)
+                rows += measure_matrices(layout, plan.targets[name], device)
+                if reference.present:
+                    drift.append(_drift(layout, plan.targets[name], reference, device))
             done += stored.nbytes
+        nonfinite |= OptimizerEditor(layout, "keep").nonfinite()
         compared = compare_layers(rows)
         level = _median_rank(compared)
         findings = tuple(_findings(compared, nonfinite, level))
-        return ScanReport(str(path), layout.format, compared, plan.skipped, nonfinite, level, findings)
+        parts = (compared, plan.skipped, nonfinite, level, findings, tuple(drift))
+        return ScanReport(str(path), layout.format, *parts)
 
 
-def _measure(source: TensorSource, target: Target, device: Any) -> list[ScanRow]:
+def _drift(layout: Layout, target: Target, reference: HealthySource, device: torch.device) -> TensorDrift:
+    healthy = reference.get(target.name, layout.tensors[target.name].shape)
+    return measure_drift(target, layout.read(target.name).to(device), healthy.to(device))
+
+
+def measure_matrices(source: TensorSource, target: Target, device: torch.device | str) -> list[ScanRow]:
+    r"""Measure all matrices of a stored tensor.
+
+    Args:
+        source: where it is.
+        target: what it is.
+        device: where to compute.
+
+    Returns:
+        One row per matrix, not yet compared with others.
+    """
     rows = []
     for part in parts_of(target, source.read(target.name).to(device)):
         for index in part.indices:

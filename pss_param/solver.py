@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge
+from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak
 from pss_param.krylov import Krylov, Matrix, Ritz
 
 FIRST_BLOCK = 16
@@ -136,10 +136,22 @@ def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdi
         seen = _spectrum(krylov, ritz, values[i], residuals[i])
         verdict = judge(seen, request)
         if verdict.faint and isinstance(krylov.W, Tensor):
-            tail = _tail(krylov.W[i], krylov, ritz, i, max(0, len(seen.S) - OVERSAMPLING))
-            verdict = judge(replace(seen, tail=tail), request)
-        verdicts.append(verdict)
+            seen = replace(seen, tail=_tail(krylov.W[i], krylov, ritz, i, max(0, len(seen.S) - OVERSAMPLING)))
+            verdict = judge(seen, request)
+        verdicts.append(verdict if verdict.enough else _closer(krylov, ritz, i, seen, verdict, request))
     return verdicts
+
+
+def _closer(krylov: Krylov, ritz: Ritz, index: int, seen: Spectrum, verdict: Verdict, request: Request) -> Verdict:
+    """A second look with ceilings, where what they cost may save passes: where the residuals are small enough."""
+    level = request.level if request.level is not None else verdict.bulk_edge if request.bulk else verdict.edge
+    if not (verdict.k < len(seen.S) and level > 0 and leak(seen, level, verdict.k) <= request.tol):
+        return verdict
+    ceilings = krylov.ceilings(ritz, index, level)
+    if ceilings is None:
+        return verdict
+    second = judge(replace(seen, ceilings=ceilings), request)
+    return second if second.k <= verdict.k else verdict  # the ceilings hold down to the first verdict's edge
 
 
 def _verdict(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Verdict:

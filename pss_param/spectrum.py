@@ -279,7 +279,7 @@ def _seed(generator: torch.Generator | None) -> int:
 
 
 def checked_matrices(W: Tensor) -> Tensor:
-    """``W`` detached, in float32 or wider.
+    """``W`` detached, in float32 or wider; whether it is finite shows in :func:`frobenius_norm`.
 
     Args:
         W: what a user passed as matrices.
@@ -289,7 +289,6 @@ def checked_matrices(W: Tensor) -> Tensor:
 
     Raises:
         ArgumentError: no floating tensor of at least two non-empty dimensions.
-        NonFiniteError: NaN or infinity inside.
     """
     if not isinstance(W, Tensor) or not W.is_floating_point() or W.dim() < 2 or 0 in W.shape[-2:]:
         seen = f"{W.dtype} {tuple(W.shape)}" if isinstance(W, Tensor) else type(W).__name__
@@ -298,26 +297,27 @@ def checked_matrices(W: Tensor) -> Tensor:
             "reshape the weight to the matrices that it acts as"
         )
     W = W.detach()
-    W = W if W.dtype in (torch.float32, torch.float64) else W.float()
-    # A sum of absolute values in a wider type overflows only where a value was infinite or NaN already.
-    if not bool(torch.isfinite(W.sum(dim=-1, dtype=torch.float64)).all()):
-        raise NonFiniteError(_NOT_FINITE)
-    return W
+    return W if W.dtype in (torch.float32, torch.float64) else W.float()
 
 
 def frobenius_norm(W: Tensor) -> Tensor:
     """Frobenius norm of ``W (B, m, n)`` that neither overflows nor underflows.
 
     Args:
-        W: finite matrices in the dtype to compute in.
+        W: matrices in the dtype to compute in.
 
     Returns:
         float64 norms ``(B,)``; rows in the dtype of ``W``, their combination in float64.
+
+    Raises:
+        NonFiniteError: ``W`` holds NaN or infinity.
     """
     total = torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=2).double(), dim=1)
     tiny = 1e3 * math.sqrt(torch.finfo(W.dtype).tiny)
     if bool((torch.isfinite(total) & (total > tiny * W.shape[2])).all()):
         return total
     peak = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2), keepdim=True)
+    if not bool(torch.isfinite(peak).all()):
+        raise NonFiniteError(_NOT_FINITE)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))
     return torch.linalg.vector_norm((W / safe).double(), dim=(1, 2)) * peak[:, 0, 0].double()

@@ -2,6 +2,7 @@
 r"""Smoothing one stored tensor: into matrices, correction, back, one cast, and what was measured."""
 
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -224,7 +225,7 @@ def relative_change(old: Tensor, new: Tensor) -> float:
         new: of the same shape.
 
     Returns:
-        Dimensionless; infinite where only ``old`` is zero.
+        Dimensionless; 1 where only ``old`` is zero.
 
     Example:
         >>> relative_change(torch.ones(4), torch.full((4,), 1.5))
@@ -236,8 +237,8 @@ def relative_change(old: Tensor, new: Tensor) -> float:
         total += float(wide.square().sum())
         moved += float((after.double() - wide).square().sum())
     if total:
-        return (moved / total) ** 0.5
-    return float("inf") if moved else 0.0
+        return math.sqrt(moved / total)
+    return 1.0 if moved else 0.0
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

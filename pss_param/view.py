@@ -32,7 +32,7 @@ from pss_param.errors import NonFiniteError, StateError
 from pss_param.matricize import Matricization
 from pss_param.resharding import ThinSaving
 from pss_param.sharded import is_sharded, local_part, local_product
-from pss_param.smoothing import Smoothing, correction
+from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing, correction
 
 __all__ = ["SmoothingView"]
 
@@ -253,7 +253,10 @@ class SmoothingView(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             with torch.no_grad():
                 delta = self._delta(weight, factors)
-            return (weight.to(delta.dtype) - delta).to(weight.dtype)
+            if delta._base is not None:  # autograd refuses to write into a view made without gradients
+                return (weight.to(delta.dtype) - delta).to(weight.dtype)
+            # In the buffer of the product: an open gate needs one more weight at a time, not two.
+            return delta.neg_().add_(weight).to(weight.dtype)
 
     def _delta(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
         if is_sharded(weight):
@@ -277,12 +280,19 @@ class SmoothingView(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
             try:
-                whole = weight.detach().full_tensor() if is_sharded(weight) else weight.detach()
-                parts = self.matricization.split(whole)
+                parts = self._matrices(weight.detach())
                 found = [correction(part, self.smoothing, generator=generator) for part in parts]
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.label} cannot be smoothed: {error}") from error
             return tuple(Factors(one.U * one.d.unsqueeze(-2), one.Vh) for one in found)
+
+    def _matrices(self, weight: Any) -> tuple[Tensor, ...]:
+        # A sharded matrix stays where it is; what is a packing of several has to be whole to be unpacked.
+        if not is_sharded(weight):
+            return self.matricization.split(weight)
+        if self.matricization.linear and self.smoothing.shape not in WHOLE_MATRIX_SHAPES:
+            return (weight,)
+        return self.matricization.split(weight.full_tensor())
 
     def _seed_now(self) -> int:
         text = f"{self.seed}/{self.label}/{self.openings}".encode()

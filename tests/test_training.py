@@ -66,7 +66,15 @@ def test_the_guarded_run_lives_and_seldom_smooths():
     assert 1 <= guard.triggers <= 5
 
 
-def test_scaler_accumulation_bf16_and_recomputation_together():
+def test_scaler_accumulation_bf16_and_recomputation_work_together():
+    model, guard, optimizer = start(recompute=True, detector=tiny_gpt.FiresAt(5))
+    losses = scaled_bf16_accumulating_loop(model, guard, optimizer, 12)
+    assert losses[-1] < losses[0] - 0.5
+    assert all(view.openings == 1 for view in guard.views.values())
+
+
+@pytest.mark.slow
+def test_scaler_accumulation_bf16_and_recomputation_live_too():
     model, guard, optimizer = start(recompute=True)
     assert tiny_gpt.mean_of_last(scaled_bf16_accumulating_loop(model, guard, optimizer)) < ALIVE
     assert 1 <= guard.triggers <= 5
@@ -75,9 +83,9 @@ def test_scaler_accumulation_bf16_and_recomputation_together():
 def test_recomputation_changes_no_bit_of_a_guarded_run():
     runs = []
     for recompute in (False, True):
-        model, guard, optimizer = start(recompute, detector=GradientNormRatio(1.2, settle=1))
+        model, guard, optimizer = start(recompute, detector=tiny_gpt.FiresAt(2, 4))
         runs.append(plain_loop(model, guard, optimizer, steps=6))
-        assert guard.triggers >= 1
+        assert guard.triggers == 2
     assert runs[0] == runs[1]
 
 
@@ -106,7 +114,7 @@ def test_what_happens_to_the_spiking_gradient_reaches_the_optimizer(choice):
 def test_watch_does_the_same_as_a_line_in_the_loop():
     results = []
     for watching in (False, True):
-        model, guard, optimizer = start(detector=GradientNormRatio(1.2, settle=1))
+        model, guard, optimizer = start(detector=tiny_gpt.FiresAt(2, 4))
         if watching:
             guard.watch(optimizer)
         for step in range(6):
@@ -116,7 +124,7 @@ def test_watch_does_the_same_as_a_line_in_the_loop():
                 guard.step()
             optimizer.step()
         assert guard.steps == 6
-        assert guard.triggers >= 1
+        assert guard.triggers == 2
         results.append(model.state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 

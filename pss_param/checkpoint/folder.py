@@ -24,7 +24,9 @@ from .torch_zip import parse_torch_zip, read_torch_file
 from .write import MARK
 
 _INDEX = ".index.json"
-_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model|diffusion_pytorch_model)(_[0-9]+)?(\.fp16)?\.(safetensors|bin)")
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model|diffusion_pytorch_model)(_[0-9]+)?(\.fp16)?\.(safetensors|bin)"
+)
 _SHARD = re.compile(r".*-[0-9]{5}-of-[0-9]{5}\.(safetensors|bin)")
 _COMPANIONS = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state_dict|training_args|rng_state|random_states|custom_checkpoint)"
@@ -87,12 +89,14 @@ class FolderLayout(Layout):
                 inside = read_torch_file(self.fd(file), self.stat(file).st_size, file, model=False)
             except ValueError as error:
                 raise CheckpointError(
-                    f"{self.files[file]} is not a usable optimizer state: {error}; the weights alone can be repaired by "
-                    "naming their file"
+                    f"{self.files[file]} is not a usable optimizer state: {error}; the weights alone are repaired "
+                    "by naming their file"
                 ) from None
             self._torch.add(file)
             self.content[file] = inside.zip.content
-            state.update({f"{file}:{key}": replace(stored, name=f"{file}:{key}") for key, stored in inside.state.items()})
+            state.update(
+                {f"{file}:{key}": replace(stored, name=f"{file}:{key}") for key, stored in inside.state.items()}
+            )
             paths.update({f"{file}:{key}": (file, *path) for key, path in inside.paths.items()})
         self.state, self.paths = state, paths
 
@@ -161,7 +165,9 @@ def _checked(path: Path) -> Path:
     try:
         kind = os.stat(path).st_mode
     except OSError as error:
-        raise CheckpointError(f"{path} leads nowhere ({error.strerror}); download or copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{path} leads nowhere ({error.strerror}); download or copy the checkpoint again"
+        ) from None
     if not stat.S_ISREG(kind):
         raise CheckpointError(f"{path} is no regular file; a checkpoint has none such, remove it first")
     return path
@@ -186,7 +192,9 @@ def find_weights(path: Path, files: Mapping[str, Path]) -> tuple[WeightSet, ...]
     known = [name for name in top if _WEIGHTS.fullmatch(name)]
     known = known or [name for name in top if name.endswith(_KINDS) and not _COMPANIONS.fullmatch(name)]
     if len(known) > 1 and any(_SHARD.fullmatch(name) for name in known):
-        raise CheckpointError(f"{path} has shards but no {_INDEX} that says what belongs where; add it or name one file")
+        raise CheckpointError(
+            f"{path} has shards but no {_INDEX} that says what belongs where; add it or name one file"
+        )
     if not known:
         inner = sorted({name.split("/")[0] for name in files if name.endswith(_KINDS)})
         hint = f"; weights lie below {', '.join(inner[:4])}: name that" if inner else "; name the file that holds them"

@@ -33,7 +33,7 @@ def refuse_folder(path: Path, files: Iterable[str], folders: Iterable[str]) -> N
     if any(_DEEPSPEED.fullmatch(name) for name in names):
         raise CheckpointError(
             f"{path} is a DeepSpeed checkpoint, whose weights are in pieces beside their float32 masters; join them "
-            "(python zero_to_fp32.py . OUT --safe_serialization, in that folder), repair OUT, and start a new run from it"
+            "(python zero_to_fp32.py . OUT --safe_serialization, in that folder), repair OUT, and start from it"
         )
     if any(_MEGATRON.fullmatch(name) for name in names) or "latest_checkpointed_iteration.txt" in names:
         raise CheckpointError(

@@ -189,7 +189,9 @@ def check_apart(destination: Path, source: Path) -> None:
     """
     inner, outer = destination.resolve(), source.resolve()
     if outer in inner.parents or inner in outer.parents:
-        raise CheckpointError(f"{destination} and the input {source} lie inside each other; name another output with -o")
+        raise CheckpointError(
+            f"{destination} and the input {source} lie inside each other; name another output with -o"
+        )
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -28,8 +28,8 @@ def refuse_pickle(path: Path) -> None:
         CheckpointError: it is one.
     """
     start = _start(path)
-    # A safetensors header is under 100 MB, so its length has zeros where a pickle has its first opcodes.
-    if start.startswith(b"\x80") and start[4:8].strip(b"\0"):
+    # A safetensors file may begin with these bytes as its header's length; then the header follows.
+    if start[:1] == b"\x80" and start[1:2] in {b"\2", b"\3", b"\4", b"\5"} and start[8:] != b"{":
         raise CheckpointError(
             f"{path} is a bare pickle, as torch saved before 1.6; convert it with "
             "`torch.save(torch.load(OLD, weights_only=True), NEW)` and repair NEW"
@@ -38,4 +38,4 @@ def refuse_pickle(path: Path) -> None:
 
 def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(8)
+        return file.read(9)

@@ -2,6 +2,7 @@
 """The pickle reader: honest structures come out, hostile programs neither run nor grow."""
 
 import collections
+import contextlib
 import pickle
 import struct
 import time
@@ -83,10 +84,8 @@ def payloads(flag):
 def test_payloads_are_only_noted(tmp_path, name, monkeypatch):
     flag = tmp_path / "executed"
     monkeypatch.setattr("builtins.__import__", _no_import(__import__))
-    try:
+    with contextlib.suppress(ValueError):
         read_pickle(payloads(flag)[name])
-    except ValueError:
-        pass
     assert not flag.exists()
 
 
@@ -149,11 +148,11 @@ def test_broken_programs_are_value_errors(name):
 
 BOMBS = {
     "memo slot": b"Nr" + struct.pack("<I", 2**32 - 1) + b".",
-    "nested lists": b"]" * 200_000 + b"a" * 199_999 + b".",
-    "nested tuples": b"N" + b"\x85" * 200_000 + b".",
+    "nested lists": b"]" * 60_000 + b"a" * 59_999 + b".",
+    "nested tuples": b"N" + b"\x85" * 60_000 + b".",
     "laughs as a key": b"}N" + b"2\x86" * 100 + b"Ns.",
-    "laughs": b"N" + b"2\x86" * 100_000 + b".",
-    "chain of calls": b"cos\nsystem\n" + b")R" * 200_000 + b".",
+    "laughs": b"N" + b"2\x86" * 60_000 + b".",
+    "chain of calls": b"cos\nsystem\n" + b")R" * 60_000 + b".",
 }
 
 

@@ -85,7 +85,7 @@ BROKEN = {
     "hole at start": (raw({"a": f32(4, 8, [1])}, bytes(8)), "hole"),
     "cut buffer": (raw({"a": f32(0, 8, [2])}, bytes(7)), "has 7 bytes"),
     "tail": (raw({"a": f32(0, 8, [2])}, bytes(9)), "has 9 bytes"),
-    "zip": (b"PK\x03\x04" + bytes(60), "torch zip"),
+    "zip": (b"PK\x03\x04" + bytes(60), "not a usable torch file"),
     "pickle": (b"\x80\x02}q\x00X\x01\x00\x00\x00a", "pickle"),
 }
 
@@ -129,7 +129,7 @@ def test_config_beside_the_file(tmp_path):
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize(("make", "reason"), [(lambda p: None, "not exist"), (lambda p: p.mkdir(), "folder")])
+@pytest.mark.parametrize(("make", "reason"), [(lambda p: None, "not exist"), (lambda p: p.mkdir(), "no weights")])
 def test_what_is_no_file(tmp_path, make, reason):
     make(tmp_path / "x")
     with pytest.raises(CheckpointError, match=reason):

@@ -81,7 +81,7 @@ def test_other_types(tmp_path, dtype):
 def test_every_pickle_protocol(tmp_path, protocol):
     path = tmp_path / "model.pt"
     torch.save({UP: sick(64, 32), "n": 1}, path, pickle_protocol=protocol)
-    report, output = repaired(path)
+    report, _ = repaired(path)
     assert report.changed == (UP,)
 
 
@@ -275,7 +275,7 @@ def test_a_payload_never_runs(tmp_path, where):
     }[where]
     torch.save(content, path)
     if where == "as the whole":
-        with pytest.raises(CheckpointError, match="made by builtins.eval"):
+        with pytest.raises(CheckpointError, match=r"made by __builtin__\.eval"):
             repair_checkpoint(path)
     else:
         assert repaired(path)[0].changed == (UP,)
@@ -287,7 +287,9 @@ def test_a_payload_never_runs(tmp_path, where):
 def tensor_pickle(storage="FloatStorage", key="0", count=4, offset=0, shape=(2, 2), stride=(2, 1), name="w"):
     """A state dict of one tensor, with whatever it claims about itself."""
     words = ("storage", _Name("torch", storage), key, "cpu", count)
-    content = {name: _Call(_Name("torch._utils", "_rebuild_tensor_v2"), (_Ref(words), offset, shape, stride, False, {}))}
+    content = {
+        name: _Call(_Name("torch._utils", "_rebuild_tensor_v2"), (_Ref(words), offset, shape, stride, False, {}))
+    }
     return _dump(content)
 
 
@@ -348,7 +350,7 @@ REFUSED = {
     "strides missing": (torch_like(tensor_pickle(stride=(1,)), FOUR), "unusual offset, shape"),
     "unknown storage": (torch_like(tensor_pickle(storage="StrangeStorage"), FOUR), "StrangeStorage"),
     "key twice": (torch_like(b"}(" + (_opcodes("a") + b"N") * 2 + b"u."), "twice"),
-    "deep": (torch_like(_dump({"x": {}})[:-1] + b"(Va\n" + b"]" * 100_000 + b"a" * 99_999 + b"u."), "levels deep"),
+    "deep": (torch_like(tensor_pickle()[:-1] + b"Va\n" + b"]" * 100_000 + b"a" * 99_999 + b"s.", FOUR), "levels deep"),
     "cyclic": (torch_like(b"}q\0Va\nh\0s."), "no dictionary of tensors"),
     "deepspeed": (torch_like(_dump({"module": {}, "ds_version": "0.1"})), "DeepSpeed"),
     "megatron": (torch_like(_dump({"checkpoint_version": 3.0, "args": None, "model": {}})), "Megatron"),
@@ -405,6 +407,18 @@ def test_every_cut_is_refused(tmp_path):
             pass
 
 
+def read_all(path):
+    """Read every tensor; returns our error's text, if there is one, and lets all others out."""
+    try:
+        with open_checkpoint(path) as layout:
+            for name in (*layout.tensors, *layout.state):
+                if layout.find(name).dtype is not None:
+                    layout.read(name)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 def test_flipped_bytes_never_crash(tmp_path):
     whole, path = tmp_path / "whole.pt", tmp_path / "x.pt"
     torch.save({"model": {UP: sick(8, 8)}, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}, whole)
@@ -415,10 +429,5 @@ def test_flipped_bytes_never_crash(tmp_path):
         broken = data.copy()
         broken[int(at)] = int(to)
         path.write_bytes(broken)
-        try:
-            with open_checkpoint(path) as layout:
-                for name in (*layout.tensors, *layout.state):
-                    if layout.find(name).dtype is not None:
-                        layout.read(name)
-        except CheckpointError as error:
-            assert str(path) in str(error)
+        outcome = read_all(path)
+        assert outcome is None or str(path) in outcome
