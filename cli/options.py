@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from pss_param.edges import EDGES
 from pss_param.options import WORDS
-from pss_param.smoothing import EDGES, SHAPES, WHOLE_MATRIX_SHAPES
+from pss_param.shapes import SHAPES
+from pss_param.smoothing import WHOLE_MATRIX_SHAPES
 from pss_param.targets import PRESETS
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -14,8 +14,8 @@ Offline: ``pss.repair_checkpoint("checkpoint.safetensors")``, or ``pss-repair`` 
 Example:
     >>> import torch, pss_param as pss
     >>> W = torch.diag(torch.tensor([8.0, 2.0, 2.0, 2.0]))
-    >>> float(pss.stable_rank(W)), float(pss.stable_rank(pss.smooth(W, rank=1)))
-    (1.1875, 4.0)
+    >>> [round(float(pss.stable_rank(M)), 3) for M in (W, pss.smooth(W, rank=1))]
+    [1.188, 4.0]
 """
 
 from pss_param.attaching import attach
@@ -27,6 +27,7 @@ from pss_param.event import Event
 from pss_param.export import export, plain_state_dict
 from pss_param.floor import StableRankFloor
 from pss_param.guard import Guard, detach
+from pss_param.lowrank import Correction
 from pss_param.matricize import Matricization
 from pss_param.options import Progress, RepairOptions
 from pss_param.plain import export_checkpoint
@@ -34,7 +35,7 @@ from pss_param.policy import GuardPolicy
 from pss_param.repair import repair_checkpoint, repair_state_dict
 from pss_param.report import Report
 from pss_param.scan import ScanReport, scan_checkpoint
-from pss_param.smoothing import Correction, Smoothing, correction, smooth
+from pss_param.smoothing import Smoothing, correction, smooth
 from pss_param.spectrum import DominantDirections, dominant_directions, spectral_norm, stable_rank
 from pss_param.targets import (
     Selection,

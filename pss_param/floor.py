@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pss_param.detector import Detector, Verdict, WeightSource
+from pss_param.detector import Detector, Matrix, Verdict, WeightSource
 from pss_param.errors import ArgumentError
 from pss_param.sharded import ShardedMatrix
 
@@ -137,12 +137,12 @@ class StableRankFloor(Detector):
         sizes = [sum(math.prod(v.shape[:-2]) for v in vectors) for vectors in self.vectors]
         return [name for name, size in zip(self.names, sizes, strict=True) for _ in range(size)]
 
-    def _start(self, matrix: Tensor) -> Tensor:
+    def _start(self, matrix: Matrix) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         vector = torch.randn((*matrix.shape[:-2], matrix.shape[-1], 1), generator=generator)
         return nn.functional.normalize(vector, dim=-2).to(matrix.device)
 
-    def _iterate(self, current: Mapping[str, tuple[Tensor, ...]]) -> list[list[Tensor]]:
+    def _iterate(self, current: Mapping[str, tuple[Matrix, ...]]) -> list[list[Tensor]]:
         # Vectors of length n are multiplied by W, those of length m by its transpose: half an iteration each.
         sigmas = []
         for vectors, matrices in zip(self.vectors, current.values(), strict=True):
@@ -154,7 +154,7 @@ class StableRankFloor(Detector):
         return sigmas
 
     @staticmethod
-    def _stable_ranks(current: Mapping[str, tuple[Tensor, ...]], sigmas: list[list[Tensor]]) -> list[Tensor]:
+    def _stable_ranks(current: Mapping[str, tuple[Matrix, ...]], sigmas: list[list[Tensor]]) -> list[Tensor]:
         pairs = [
             (matrix, sigma)
             for matrices, values in zip(current.values(), sigmas, strict=True)
@@ -200,7 +200,7 @@ class StableRankFloor(Detector):
         return f"fraction={self.fraction:g}, period={self.period}"
 
 
-def _frobenius(matrix: "Tensor | ShardedMatrix") -> Tensor:
+def _frobenius(matrix: Matrix) -> Tensor:
     if isinstance(matrix, ShardedMatrix):
         return matrix.frobenius_norm()
     dtype = torch.promote_types(matrix.dtype, torch.float32)
@@ -208,7 +208,7 @@ def _frobenius(matrix: "Tensor | ShardedMatrix") -> Tensor:
     return norm
 
 
-def _half_iteration(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+def _half_iteration(matrix: Matrix, vector: Tensor) -> tuple[Tensor, Tensor]:
     # A vector of zeros or NaN would stay one for ever, so it is replaced; this step then measures nothing.
     image = (matrix @ vector.to(matrix.dtype)).to(torch.promote_types(matrix.dtype, torch.float32))
     sigma = torch.linalg.vector_norm(image, dim=-2, keepdim=True)

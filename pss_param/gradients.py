@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from pss_param.errors import StateError
 from pss_param.sharded import is_sharded, whole_norm
 
-__all__ = ["drop_gradients", "gradient_norm", "scale_gradients"]
+__all__ = ["clear_nonfinite", "drop_gradients", "gradient_norm", "scale_gradients"]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -57,6 +57,28 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
+
+
+@torch.no_grad()
+def clear_nonfinite(model: nn.Module, norm: float | Tensor) -> None:
+    r"""Set all gradients to zero if their norm is not finite, decided on the device; the host learns nothing.
+
+    Args:
+        model: The model whose parameters hold gradients.
+        norm: Their global norm.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer.weight.grad = torch.tensor([[1.0, float("nan")]])
+        >>> clear_nonfinite(layer, gradient_norm(layer))
+        >>> layer.weight.grad.tolist()
+        [[0.0, 0.0]]
+    """
+    bad = torch.isfinite(torch.as_tensor(norm)).logical_not()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            local = parameter.grad.to_local() if is_sharded(parameter.grad) else parameter.grad
+            local.masked_fill_(bad.to(local.device, non_blocking=True), 0)
 
 
 def drop_gradients(model: nn.Module) -> None:

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from pss_param.compiled import anything_compiled
-from pss_param.detector import Detector, Verdict
+from pss_param.detector import Detector, Matrix, Verdict
 from pss_param.errors import ArgumentError, NonFiniteError, StateError
 from pss_param.event import Event
-from pss_param.gradients import drop_gradients, gradient_norm, scale_gradients
+from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, scale_gradients
 from pss_param.policy import GuardPolicy
+from pss_param.reading import Reading
+from pss_param.removal import detach, is_in_place, view_at
 from pss_param.resharding import ThinSaving, reshard, resting_mesh
-from pss_param.sharded import ShardedMatrix, is_sharded, whole_norm
-from pss_param.slot import Slot, occupied_slots
+from pss_param.sharded import ShardedMatrix, is_sharded
+from pss_param.slot import Slot
 from pss_param.view import SmoothingView, refuse_inside_backward
 from pss_param.watching import Watch, refuse_line_search
 
@@ -62,13 +64,14 @@ class Guard:
         self._slots = dict(slots)
         self.views: dict[str, SmoothingView] = {}
         for name, holders in self._slots.items():
-            self.views[name] = _view_at(holders[0])
+            self.views[name] = view_at(holders[0])
         self.steps = self.triggers = self.nonfinite = self.resting = 0
         self._stale: set[str] = set()
         self._attached = True
         self._previewing = False
         self._warned = False
         self._padded_rank = 8
+        self._deferred: Reading | None = None
         self._watch: Watch | None = None
         detector.bind(self._matrices)
 
@@ -105,7 +108,10 @@ class Guard:
         norm = gradient_norm(self.model) if grad_norm is None else grad_norm
         self._fold_and_reset(optimizer)
         self.steps += 1
-        value, seen = _fetch(norm, self.detector.look(self._matrices))
+        reading = self._next_reading(Reading(norm, self.detector.look(self._matrices)))
+        if reading is None:
+            return self._tell(Event(self.steps, False, math.nan, reason="decisions come one step later"))
+        value, seen = reading.read()
         if not math.isfinite(value):
             return self._tell(self._skip_nonfinite(value))
         self.nonfinite = 0
@@ -211,7 +217,7 @@ class Guard:
             for name, view in self.views.items()
         }
         stale = {name: int(value) for name, value in waiting.items()}
-        return {"detector": detector, "counters": counters, "openings": openings, "stale": stale}
+        return {"detector": detector, "counters": counters, "openings": openings, "stale": stale, **self._on_its_way()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         r"""Take a state back. Load the model's state too; gates that are open are closed without a fold.
@@ -246,6 +252,13 @@ class Guard:
             view.openings = int(state["openings"][name])
         for name in _COUNTERS:
             setattr(self, name, int(state["counters"][name]))
+        on_its_way = state.get("deferred")
+        self._deferred = Reading.of(on_its_way) if on_its_way else None
+
+    def _on_its_way(self) -> dict[str, Any]:
+        if not self.policy.deferred:
+            return {}
+        return {"deferred": [] if self._deferred is None else self._deferred.state()}
 
     def __enter__(self) -> "Guard":
         r"""Enter a block at whose end the guard detaches.
@@ -287,7 +300,7 @@ class Guard:
     def _require_ready(self, call: str) -> None:
         if not self._attached:
             raise StateError(f"{call} on a detached guard; attach again with pss_param.attach(model)")
-        if not _is_in_place(*next((self._slots[name][0], view) for name, view in self.views.items())):
+        if not is_in_place(*next((self._slots[name][0], view) for name, view in self.views.items())):
             raise StateError(f"{call}, but pss_param.detach(model) has removed its views; attach again")
         if self._previewing:
             raise StateError(f"{call} inside guard.preview(); leave the preview first")
@@ -300,7 +313,7 @@ class Guard:
                 "drop this call, or remove() the handle that watch() returned"
             )
 
-    def _matrices(self) -> dict[str, tuple[Tensor, ...]]:
+    def _matrices(self) -> dict[str, tuple[Matrix, ...]]:
         return {name: _matrices_of(self._slots[name][0].weight, view) for name, view in self.views.items()}
 
     def _fold_and_reset(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -320,16 +333,28 @@ class Guard:
             # Inside a long autocast block the casts of the old values are still cached.
             torch.clear_autocast_cache()
 
+    def _next_reading(self, reading: Reading) -> Reading | None:
+        """The reading to judge now: this one, or the one of the step before."""
+        if not self.policy.deferred:
+            return reading
+        clear_nonfinite(self.model, reading.norm)
+        before, self._deferred = self._deferred, reading.send()
+        return before
+
     def _skip_nonfinite(self, norm: float) -> Event:
         self.nonfinite += 1
-        drop_gradients(self.model)
+        if not self.policy.deferred:
+            drop_gradients(self.model)
         if self.nonfinite >= self.policy.max_nonfinite:
             raise NonFiniteError(
                 f"the gradient norm was not finite for {self.nonfinite} steps in a row; stop, and repair the last "
                 "checkpoint with the command: pss-repair CHECKPOINT"
             )
         reason = f"gradient norm is {norm}, {self.nonfinite} in a row (error at {self.policy.max_nonfinite})"
-        return Event(self.steps, False, norm, reason=reason, skip=True)
+        if self.policy.deferred:
+            reason += "; its step had zeros for gradients"
+            _log.warning("step %d: %s", self.steps, reason)
+        return Event(self.steps, False, norm, reason=reason, skip=not self.policy.deferred)
 
     def _act(self, norm: float, verdict: Verdict) -> Event:
         resting, self.resting = self.resting, max(0, self.resting - 1)
@@ -399,69 +424,13 @@ class Guard:
         return event
 
 
-def detach(model: nn.Module) -> None:
-    r"""Fold and remove every view of a model; serves copies of guarded models, which have no guard.
-
-    Args:
-        model: The model; nothing happens when it has no views.
-
-    Raises:
-        StateError: If a backward pass runs, or a parametrization lies over a view.
-
-    Example:
-        >>> import copy
-        >>> from pss_param.attaching import attach
-        >>> model = nn.Sequential(nn.Linear(8, 8))
-        >>> guard = attach(model, targets="all")
-        >>> twin = copy.deepcopy(model)
-        >>> detach(twin)
-        >>> type(twin[0]) is nn.Linear, guard.is_open
-        (True, False)
-    """
-    reshard(model)
-    occupied = list(occupied_slots(model))
-    for slot, view in occupied:
-        view.fold_(slot.weight)
-    for slot, _ in occupied:
-        slot.clear()
-
-
-def _is_in_place(slot: Slot, view: SmoothingView) -> bool:
-    lists = slot.module._modules.get("parametrizations")
-    views = None if lists is None else lists._modules.get(slot.name)
-    return views is not None and views._modules["0"] is view
-
-
-def _view_at(slot: Slot) -> SmoothingView:
-    view = slot.module.get_submodule(f"parametrizations.{slot.name}.0")
-    if not isinstance(view, SmoothingView):
-        raise StateError(f"there is no view over {slot.name!r}; make guards with pss_param.attach")
-    return view
-
-
-def _matrices_of(weight: Tensor, view: SmoothingView) -> "tuple[Tensor | ShardedMatrix, ...]":
+def _matrices_of(weight: Tensor, view: SmoothingView) -> tuple[Matrix, ...]:
     weight = weight.detach()
     if not is_sharded(weight):
         return view.matricization.split(weight)
     if view.matricization.linear:
         return (ShardedMatrix(weight),)
     return view.matricization.split(weight.full_tensor())
-
-
-def _fetch(norm: float | Tensor, looks: Sequence[Tensor]) -> tuple[float, list[list[float]]]:
-    """Bring norm and measurements to the host in one transfer."""
-    if isinstance(norm, Tensor):
-        norm = whole_norm(norm)  # of a sharded norm every rank takes part
-    if not any(look.numel() for look in looks):
-        return float(norm), [[] for _ in looks]
-    device = next(look.device for look in looks if look.numel())
-    head = torch.as_tensor(norm, dtype=torch.float64, device=device).reshape(1)
-    values = torch.cat([head, *(look.to(device, torch.float64) for look in looks)]).tolist()
-    seen, start = [], 1
-    for look in looks:
-        seen.append(values[start : start + look.numel()])
-        start += look.numel()
-    return values[0], seen
 
 
 def _require_no_pending(views: Sequence[SmoothingView]) -> None:

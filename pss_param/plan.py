@@ -128,4 +128,4 @@ def make_plan(source: TensorSource, rules: TargetRules) -> Plan:
 def _unreadable(source: TensorSource) -> Iterator[Skipped]:
     for name, stored in source.tensors.items():
         if stored.dtype is None:
-            yield Skipped(name, f"dtype {stored.dtype_name} is a packed format that torch cannot compute with")
+            yield Skipped(name, f"stored as {stored.dtype_name}, which cannot be computed with in place")

@@ -35,6 +35,9 @@ class GuardPolicy:
         prepare: When dominant directions are computed: ``"lazy"`` at the next read, ``"eager"`` inside ``step()``
             as compiled programs need it, ``"auto"`` eager as soon as anything in the process has been compiled.
         seed: Seed of the views' own random generators.
+        deferred: Whether a gradient is judged in the next step, so that the host never waits for the device. A spike
+            is then smoothed one step later, so ``on_trigger`` can only be ``"smooth"``; non-finite gradients become
+            zeros on the device instead of None, and are counted and reported one step later.
 
     Raises:
         ArgumentError: If a value is out of its range.
@@ -51,6 +54,7 @@ class GuardPolicy:
     reset_moments: bool = False
     prepare: Prepare = "auto"
     seed: int = 0
+    deferred: bool = False
 
     def over_budget(self, triggers: int, steps: int) -> bool:
         r"""Tell whether there were more triggers than the budget grants.
@@ -77,6 +81,11 @@ class GuardPolicy:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.deferred and self.on_trigger != "smooth":
+            raise ArgumentError(
+                f"deferred=True sees a spike when its gradient is gone, so on_trigger must be 'smooth', "
+                f"got {self.on_trigger!r}"
+            )
         if self.cooldown < 0:
             raise ArgumentError(f"cooldown must be at least 0 steps, got {self.cooldown}")
         if not 0 < self.max_trigger_rate <= 1:

@@ -84,7 +84,7 @@ class _Recipe(NamedTuple):
     opening: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
 
 
 class ThinSaving:

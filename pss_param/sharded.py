@@ -67,12 +67,14 @@ class ShardedMatrix:
     """
 
     def __init__(self, weight: "DTensor", *, batched: bool = False) -> None:
-        if not is_sharded(weight) or weight.dim() != 2 or any(place.is_partial() for place in weight.placements):
-            seen = f"{tuple(weight.placements)} of {tuple(weight.shape)}" if is_sharded(weight) else type(weight)
-            raise ArgumentError(f"a sharded matrix must be a DTensor (m, n) without partial sums, got {seen}")
+        if not is_sharded(weight):
+            raise ArgumentError(f"a sharded matrix must be a DTensor, got {type(weight).__name__}")
+        if weight.dim() != 2 or any(place.is_partial() for place in weight.placements):
+            seen = f"{tuple(weight.placements)} of {tuple(weight.shape)}"
+            raise ArgumentError(f"a sharded matrix must be (m, n) without partial sums, got {seen}")
         self.mesh, self.placements = weight.device_mesh, tuple(weight.placements)
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self._local = weight.detach().to_local().to(wide)
+        self._local = weight.to_local().detach().to(wide)
         self._rows, self._columns = _indices(weight, 0), _indices(weight, 1)
         self._matrix_shape = torch.Size(weight.shape)
         self._batch = torch.Size((1,)) if batched else torch.Size()

@@ -15,9 +15,16 @@ Saving and loading visit the children of a module after the module itself, and t
 the gate is open, saving puts the smoothed values over the raw ones that the module has just written; loading
 closes the gate, because the new values owe nothing to the pending smoothing. No hooks are registered, so copies
 of the module have nothing that points back to the original.
+
+# Note [One class for all layers of a kind]
+Stock parametrize gives every module a class of its own. A compiler that guards on types would then compile each of
+a model's equal blocks anew, and give up at its limit after a few. So layers of one class whose views are over the
+same names share a class. Other parametrizations may still come and go on a single layer: what is written into the
+shared class later applies only to modules that have a parametrization of that name.
 """
 
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +135,7 @@ class Slot:
         module._parameters.clear()
         module._parameters.update(before)
         setattr(type(module), name, _reader(name))
+        module.__class__ = _shared_class(module)
 
     def clear(self) -> None:
         r"""Remove the view; the Parameter is not touched, and the class is what it was.
@@ -199,6 +207,56 @@ def _reader(name: str) -> property:
         return self._parameters[name]  # type: ignore[return-value]
 
     return property(read)
+
+
+class _Shared(type):
+    """Class of the classes that several modules share; see Note [One class for all layers of a kind]."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        super().__setattr__(name, _where_parametrized(name, value) if isinstance(value, property) else value)
+
+    def __delattr__(cls, name: str) -> None:
+        found = vars(cls).get(name)
+        if isinstance(found, property):
+            super().__setattr__(name, _where_parametrized(name, found))
+        else:
+            super().__delattr__(name)
+
+
+_shared_classes: "weakref.WeakValueDictionary[tuple[type, tuple[str, ...]], type]" = weakref.WeakValueDictionary()
+
+
+def _shared_class(module: nn.Module) -> type:
+    own = type(module)
+    names = tuple(sorted(name for name, views in _lists(module)))
+    ours = all(isinstance(views, _InPlaceList) for _, views in _lists(module))
+    if not ours or type(own.__bases__[0]) is not type:
+        return own
+    key = (own.__bases__[0], names)
+    if key not in _shared_classes:
+        kept = {name: value for name, value in vars(own).items() if name not in {"__dict__", "__weakref__"}}
+        made = _Shared(own.__name__, own.__bases__, kept)
+        _shared_classes[key] = made
+        return made
+    return _shared_classes[key]
+
+
+def _where_parametrized(name: str, whole: property) -> property:
+    def has(module: nn.Module) -> bool:
+        return any(name == found for found, _ in _lists(module))
+
+    def read(module: nn.Module) -> Any:
+        return whole.__get__(module) if has(module) else nn.Module.__getattr__(module, name)
+
+    def write(module: nn.Module, value: Any) -> None:
+        if has(module):
+            whole.__set__(module, value)
+        elif isinstance(value, nn.Parameter):
+            module._parameters[name] = value
+        else:
+            nn.Module.__setattr__(module, name, value)
+
+    return property(read, write)
 
 
 def _without_property(cls: type, name: str) -> type:

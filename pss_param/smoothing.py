@@ -26,152 +26,16 @@ there is no level to come down to, only annihilation; such a matrix is left as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pss_param.edges import EDGES, EdgeFunction, init_level
 from pss_param.errors import ArgumentError, NonFiniteError
+from pss_param.lowrank import Correction
+from pss_param.shapes import SHAPES, ShapeFunction, clip
 from pss_param.spectrum import DominantDirections, checked_matrices, dominant_directions
-
-ShapeFunction = Callable[[Tensor, Tensor], Tensor]
-
-EDGES = ("dominant", "bulk", "init", "reference")
-
-# Rows of W that one step of an in-place correction holds in float32 beside the stored dtype.
-_ROW_BLOCK_ELEMENTS = 1 << 22
-
-
-def clip(S: Tensor, edge: Tensor) -> Tensor:
-    r"""``f(s) = min(s, edge)``; idempotent at a fixed edge.
-
-    Args:
-        S: dominant singular values in descending order, ``(k,)``.
-        edge: the level to come down to, a scalar tensor.
-
-    Returns:
-        The new values, ``(k,)``.
-
-    Example:
-        >>> clip(torch.tensor([9.0, 3.0]), torch.tensor(2.0)).tolist()
-        [2.0, 2.0]
-    """
-    return torch.minimum(S, edge)
-
-
-def softplus(S: Tensor, edge: Tensor) -> Tensor:
-    r"""A smooth minimum of ``s`` and the edge, shifted so that it leaves the edge itself where it is.
-
-    .. math:: f(s) = s - \tau \left[\log(1 + e^{(s - c)/\tau}) - \log 2\right], \qquad \tau = c / 4
-
-    Rises from ``c`` with slope 1/2 and saturates at ``c (1 + log(2) / 4)``. Our formula: without the shift, values
-    just above the edge would fall below the tail and order would be lost.
-
-    Args:
-        S: dominant singular values in descending order, ``(k,)``.
-        edge: the level ``c`` to come down to, a scalar tensor.
-
-    Returns:
-        The new values, ``(k,)``.
-
-    Example:
-        >>> [round(x, 4) for x in softplus(torch.tensor([400.0, 4.0]), torch.tensor(4.0)).tolist()]
-        [4.6931, 4.0]
-    """
-    width = edge / 4
-    x = ((S - edge) / width).clamp_min(0)
-    # s - tau softplus(x) = c - tau log1p(exp(-x)) without the cancellation of two large terms
-    return torch.where(S > edge, edge + width * (math.log(2.0) - torch.log1p(torch.exp(-x))), S)
-
-
-def log(S: Tensor, edge: Tensor) -> Tensor:
-    r"""The published logarithm, scaled so that it meets the edge smoothly.
-
-    .. math:: f(s) = c \,(1 + \log(s / c)) \quad \text{above the edge } c, \text{ else } s
-
-    Args:
-        S: dominant singular values in descending order, ``(k,)``.
-        edge: the level to come down to, a scalar tensor.
-
-    Returns:
-        The new values, ``(k,)``.
-
-    Example:
-        >>> [round(x, 4) for x in log(torch.tensor([2.0 * math.e, 1.0]), torch.tensor(2.0)).tolist()]
-        [4.0, 1.0]
-    """
-    return torch.where(S > edge, edge * (1 + torch.log(S / edge)), S)
-
-
-def softmax(S: Tensor, edge: Tensor) -> Tensor:
-    r"""Softmax of the shares, ``softmax(S / sum(S)) * sum(S)``: nearly equal values whose sum is kept.
-
-    The ratio of two values becomes ``exp(p_i - p_j)`` with ``p = S / sum(S)``, never more than ``p_i / p_j``; so the
-    largest falls, the smallest rises, order stays. The edge only says which values take part.
-
-    Args:
-        S: dominant singular values in descending order, ``(k,)``.
-        edge: not used.
-
-    Returns:
-        The new values, ``(k,)``.
-
-    Example:
-        >>> [round(x, 3) for x in softmax(torch.tensor([3.0, 1.0]), torch.tensor(0.5)).tolist()]
-        [2.49, 1.51]
-    """
-    total = S.sum()
-    return torch.softmax(S / total, dim=0) * total
-
-
-def convolution(S: Tensor, edge: Tensor) -> Tensor:
-    r"""A window of three, equal weights, over the descending values, the ends repeated; the sum is kept.
-
-    The window is a symmetric doubly stochastic matrix, hence the sum, the order, and the first value that cannot
-    rise.
-
-    Args:
-        S: dominant singular values in descending order, ``(k,)``.
-        edge: not used.
-
-    Returns:
-        The new values, ``(k,)``.
-
-    Example:
-        >>> convolution(torch.tensor([9.0, 3.0, 3.0]), torch.tensor(1.0)).tolist()
-        [7.0, 5.0, 3.0]
-    """
-    padded = torch.cat([S[:1], S, S[-1:]])
-    return (padded[:-2] + padded[1:-1] + padded[2:]) / 3
-
-
-def second(S: Tensor, edge: Tensor) -> Tensor:
-    r"""``S[0] := S[1]`` and nothing else: the simplest rule, an ablation.
-
-    Args:
-        S: dominant singular values in descending order, ``(k,)``.
-        edge: stands in for ``S[1]`` where only one value is dominant.
-
-    Returns:
-        The new values, ``(k,)``.
-
-    Example:
-        >>> second(torch.tensor([9.0, 4.0, 3.0]), torch.tensor(1.0)).tolist()
-        [4.0, 4.0, 3.0]
-    """
-    return torch.cat([S[1:2] if S.numel() > 1 else edge.reshape(1), S[1:]])
-
-
-SHAPES: dict[str, ShapeFunction] = {
-    "clip": clip,
-    "softplus": softplus,
-    "log": log,
-    "softmax": softmax,
-    "convolution": convolution,
-    "second": second,
-}
-"""Shapes that act on dominant singular values; any callable with the same signature will do in their place."""
 
 WHOLE_MATRIX_SHAPES = ("equal", "noise")
 """Ablations that act on the whole matrix and ignore the edge."""
@@ -184,7 +48,7 @@ class Smoothing:
     Attributes:
         shape: a name of :data:`SHAPES`, ``"equal"``, ``"noise"``, or a callable ``f(S, edge) -> S`` on descending
             values ``(k,)``.
-        edge: a name of :data:`EDGES`.
+        edge: a name of :data:`EDGES`, or a callable from matrices ``(..., m, n)`` to levels ``(...)``.
         rank: fixes ``k`` of the ``dominant`` edge; ``None`` means ``floor(SR)``.
         init_std: standard deviation of a fresh weight for ``init``; ``None`` means PyTorch's ``Linear``, ``1 /
             sqrt(3 n)``.
@@ -200,7 +64,7 @@ class Smoothing:
     """
 
     shape: str | ShapeFunction = "clip"
-    edge: str = "dominant"
+    edge: str | EdgeFunction = "dominant"
     rank: int | None = None
     init_std: float | None = None
     reference: float | None = None
@@ -212,8 +76,8 @@ class Smoothing:
             raise ArgumentError(
                 f"smoothing must be one of {', '.join(names)} or a callable f(S, edge), got {self.shape!r}"
             )
-        if self.edge not in EDGES:
-            raise ArgumentError(f"edge must be one of {', '.join(EDGES)}, got {self.edge!r}")
+        if not callable(self.edge) and self.edge not in EDGES:
+            raise ArgumentError(f"edge must be one of {', '.join(EDGES)} or a callable, got {self.edge!r}")
         if self.rank is not None and self.edge != "dominant":
             raise ArgumentError(f"rank fixes k of the 'dominant' edge, got edge {self.edge!r}; drop one of the two")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
@@ -241,97 +105,10 @@ class Smoothing:
             ArgumentError: ``edge="reference"`` without ``reference``, or an edge that depends on the matrix.
         """
         if self.edge == "init":
-            std = self.init_std if self.init_std is not None else 1 / math.sqrt(3 * n)
-            return (math.sqrt(m) + math.sqrt(n)) * std
+            return init_level(m, n, self.init_std)
         if self.edge == "reference" and self.reference is not None:
             return self.reference
         raise ArgumentError("edge='reference' needs the healthy weight's spectral norm; pass Smoothing(reference=...)")
-
-
-@dataclass(frozen=True)
-class Correction:
-    r"""What a smoothing takes away, in factors: :math:`W^* = W - U \,\mathrm{diag}(d)\, V^H`.
-
-    Attributes:
-        U: left directions, ``(..., m, r)``, float32 or wider.
-        d: how much each value falls, ``S - f(S)``, ``(..., r)``; negative where a sum-keeping shape raises a value.
-        Vh: right directions, ``(..., r, n)``.
-        S: the dominant values before, ``(..., r)``; zero beyond a matrix's own ``k``.
-        k: dominant values of each matrix, ``(...)``.
-        edge: the level they came down to, ``(...)``; 0 where there is none and the matrix is left as it is.
-        stable_rank: before, ``(...)``.
-        spectral_norm: before, ``(...)``.
-        residual: of each triplet, relative to ``S[0]``, ``(..., r)``.
-        error: certified bound on the error of the smoothed matrix over ``||W||_F``, ``(...)``.
-        converged: whether that is within the asked tolerance, ``(...)``.
-    """
-
-    U: Tensor
-    d: Tensor
-    Vh: Tensor
-    S: Tensor
-    k: Tensor
-    edge: Tensor
-    stable_rank: Tensor
-    spectral_norm: Tensor
-    residual: Tensor
-    error: Tensor
-    converged: Tensor
-
-    @property
-    def is_noop(self) -> bool:
-        """Whether no direction changes; reads one flag from the device."""
-        return self.d.numel() == 0 or not bool(self.d.any())
-
-    @torch.no_grad()
-    def apply(self, W: Tensor) -> Tensor:
-        """The smoothed matrix as a new tensor.
-
-        Args:
-            W: the matrix that the correction was computed from, ``(..., m, n)``.
-
-        Returns:
-            ``W - U diag(d) Vh`` in the dtype of ``W``: arithmetic in float32 or wider, one cast; ``W``'s own bits
-            where nothing changes.
-
-        Raises:
-            NonFiniteError: the smoothed values do not fit the dtype of ``W``.
-        """
-        return self.apply_(W.clone(memory_format=torch.contiguous_format))
-
-    @torch.no_grad()
-    def apply_(self, W: Tensor) -> Tensor:
-        """The same in place, holding blocks of rows in float32 rather than the whole matrix.
-
-        Args:
-            W: the matrix that the correction was computed from, ``(..., m, n)``; may be a strided view.
-
-        Returns:
-            ``W`` itself.
-
-        Raises:
-            NonFiniteError: the smoothed values do not fit the dtype of ``W``; then some rows may have been written.
-        """
-        if self.is_noop:
-            return W
-        with torch.autocast(W.device.type, enabled=False):
-            left = self.U * self.d[..., None, :]
-            rows = max(1, _ROW_BLOCK_ELEMENTS // max(1, W.numel() // W.shape[-2]))
-            for start in range(0, W.shape[-2], rows):
-                _subtract_(W[..., start : start + rows, :], left[..., start : start + rows, :], self.Vh)
-        return W
-
-
-def _subtract_(block: Tensor, left: Tensor, right: Tensor) -> None:
-    if block.dtype == left.dtype and block.dim() == 2:
-        block.addmm_(left, right, alpha=-1)
-        return
-    smoothed = (block.to(left.dtype) - left @ right).to(block.dtype)
-    if block.dtype == torch.float16 and not bool(torch.isfinite(smoothed).all()):
-        raise NonFiniteError(
-            "smoothed values must fit the stored dtype, but they overflow float16; store the weight in float32"
-        )
-    block.copy_(smoothed)
 
 
 @torch.no_grad()
@@ -373,7 +150,7 @@ def correction(
 def smooth(
     W: Tensor,
     smoothing: str | ShapeFunction | Smoothing = "clip",
-    edge: str = "dominant",
+    edge: str | EdgeFunction = "dominant",
     rank: int | None = None,
     *,
     generator: torch.Generator | None = None,
@@ -389,7 +166,7 @@ def smooth(
     Args:
         W: matrices ``(..., m, n)``, any floating dtype.
         smoothing: name of a shape, a callable ``f(S, edge)``, or a :class:`Smoothing`, which then says everything.
-        edge: name of an edge.
+        edge: name of an edge, or a callable from matrices to levels.
         rank: fixes ``k`` of the ``dominant`` edge.
         generator: source of the random sketch; ``None`` means our own with a fixed seed.
 
@@ -439,9 +216,11 @@ def _dominant_set(
     if smoothing.edge == "bulk":
         found = dominant_directions(W, above="bulk", tol=smoothing.tol, generator=generator, init=init)
         return found, found.bulk_edge
-    level = smoothing.level(*W.shape[-2:]) if W.dim() >= 2 else 0.0
+    if W.dim() < 2:
+        checked_matrices(W)  # says what is wrong
+    level = smoothing.edge(W) if callable(smoothing.edge) else smoothing.level(*W.shape[-2:])
     found = dominant_directions(W, above=level, tol=smoothing.tol, generator=generator, init=init)
-    return found, torch.full_like(found.edge, level)
+    return found, torch.as_tensor(level, dtype=found.edge.dtype, device=found.edge.device).expand_as(found.edge)
 
 
 def _falls(found: DominantDirections, level: Tensor, shape: ShapeFunction) -> Tensor:

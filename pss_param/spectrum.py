@@ -268,7 +268,7 @@ def _requests(
 
 
 def _shaped(value: Tensor, batch: torch.Size) -> Tensor:
-    return value.unflatten(0, batch) if batch else value[0]
+    return value.view(*batch, *value.shape[1:]) if batch else value[0]
 
 
 def _seed(generator: torch.Generator | None) -> int:
@@ -312,7 +312,7 @@ def frobenius_norm(W: Tensor) -> Tensor:
     Raises:
         NonFiniteError: ``W`` holds NaN or infinity.
     """
-    total = torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=2).double(), dim=1)
+    total: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=2).double(), dim=1)
     tiny = 1e3 * math.sqrt(torch.finfo(W.dtype).tiny)
     if bool((torch.isfinite(total) & (total > tiny * W.shape[2])).all()):
         return total
@@ -320,4 +320,5 @@ def frobenius_norm(W: Tensor) -> Tensor:
     if not bool(torch.isfinite(peak).all()):
         raise NonFiniteError(_NOT_FINITE)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))
-    return torch.linalg.vector_norm((W / safe).double(), dim=(1, 2)) * peak[:, 0, 0].double()
+    total = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2)) * peak[:, 0, 0].double()
+    return total

@@ -14,9 +14,10 @@ from torch import Tensor
 from pss_param.checkpoint.transfer import tensor_bytes
 from pss_param.errors import NonFiniteError
 from pss_param.finite import count_nonfinite
+from pss_param.lowrank import Correction
 from pss_param.options import RepairOptions, pick_device
 from pss_param.report import MatrixReport, TensorReport
-from pss_param.smoothing import Correction, correction
+from pss_param.smoothing import correction
 from pss_param.spectrum import spectral_norm, stable_rank
 from pss_param.targets import Target
 

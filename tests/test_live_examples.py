@@ -29,3 +29,8 @@ def test_register_one_view(capsys):
 
 def test_export_weights():
     assert main_of("export_weights")()
+
+
+def test_amp_and_accumulation(capsys):
+    assert main_of("amp_and_accumulation")(steps=4) < 6
+    assert "4 steps" in capsys.readouterr().out

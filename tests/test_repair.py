@@ -106,18 +106,24 @@ def test_the_report_tells_what_the_oracle_measures(checkpoint):
     assert "position_ids" in report.skipped
 
 
-def test_the_report_schema_is_frozen(checkpoint):
-    content = json.loads(repair_checkpoint(checkpoint, dry_run=True).to_json())
+def test_the_report_schema_is_frozen(checkpoint, tmp_path):
+    save_file(tiny(), tmp_path / "good")
+    options = RepairOptions(reference=tmp_path / "good")
+    content = json.loads(repair_checkpoint(checkpoint, options=options, dry_run=True).to_json())
     assert list(content) == [
-        "schema", "version", "source", "output", "format", "options", "tensors", "skipped", "seconds"
+        "schema", "version", "source", "output", "format", "options", "tensors", "skipped", "seconds", "restored",
+        "drift", "optimizer",
     ]  # fmt: skip
     assert content["schema"] == "pss-param/repair-report/1"
     assert list(content["tensors"][0]) == [
-        "name", "role", "block", "dtype", "shape", "changed", "relative_change", "matrices"
+        "name", "role", "block", "dtype", "shape", "changed", "relative_change", "matrices", "digest"
     ]  # fmt: skip
     assert list(content["tensors"][0]["matrices"][0]) == [
         "part", "shape", "stable_rank", "spectral_norm", "k", "edge", "residual", "converged", "note"
     ]  # fmt: skip
+    assert list(content["drift"][0]) == ["name", "role", "block", "distance", "matrices"]
+    assert list(content["drift"][0]["matrices"][0]) == ["part", "shape", "stable_rank", "spectral_norm"]
+    assert list(content["optimizer"]) == ["mode", "states", "reset", "masters", "written", "order"]
 
 
 def test_dry_run_computes_the_same_and_writes_nothing(checkpoint):
@@ -256,8 +262,11 @@ def test_reference_must_fit(checkpoint):
     for healthy in ({}, {name: value[:8] for name, value in tiny().items()}):
         with pytest.raises(ArgumentError, match="same model"):
             repair_checkpoint(checkpoint, options=RepairOptions(edge="reference", reference=healthy))
-    for options in ({"edge": "reference"}, {"reference": {}}, {"init_std": 0.1}, {"device": "warp"}):
-        with pytest.raises(ArgumentError):
+    for options in (
+        {"edge": "reference"}, {"nonfinite": "reference"}, {"where": "drifted"}, {"init_std": 0.1}, {"device": "warp"},
+        {"optimizer": "burn"}, {"drifted_below": 0.0}, {"optimizer": "reset"},
+    ):  # fmt: skip
+        with pytest.raises((ArgumentError, CheckpointError)):
             repair_checkpoint(checkpoint, options=RepairOptions(**options), dry_run=True)
 
 

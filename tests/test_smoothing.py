@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import corpus, exact_bulk_level, exact_clip, gaussian, power, with_spectrum
 
+from pss_param.edges import EDGES, bulk, dominant, init, reference
 from pss_param.errors import ArgumentError, NonFiniteError
-from pss_param.smoothing import EDGES, SHAPES, Smoothing, correction, smooth
+from pss_param.shapes import SHAPES
+from pss_param.smoothing import Smoothing, correction, smooth
 
 SHAPES_WITH_EDGE = [s for s in SHAPES if s != "second"]
 
@@ -165,6 +167,20 @@ def test_a_callable_is_a_shape_of_the_users_own():
     W = with_spectrum(30, 30, torch.tensor([9.0, 4.0] + [1.0] * 28, dtype=torch.float64))
     halved = smooth(W, lambda S, edge: S / 2, rank=2)
     assert torch.linalg.svdvals(halved)[:2].tolist() == pytest.approx([4.5, 2.0], abs=1e-3)
+
+
+def test_a_callable_is_an_edge_of_the_users_own():
+    W = with_spectrum(30, 40, power(30, 1.0))
+    assert float(torch.linalg.matrix_norm(smooth(W, "clip", lambda M: 0.5), 2)) == pytest.approx(0.5, rel=1e-3)
+    good = with_spectrum(30, 40, 0.3 * power(30, 1.0), seed=1)
+    assert float(torch.linalg.matrix_norm(smooth(W, "clip", reference(good)), 2)) == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dominant", "bulk", "init"])
+def test_edge_functions_are_the_named_edges(name):
+    W = torch.stack([with_spectrum(60, 80, power(60, p)) for p in (0.4, 0.8)])
+    named, called = smooth(W, "clip", name), smooth(W, "clip", {"dominant": dominant, "bulk": bulk, "init": init}[name])
+    torch.testing.assert_close(called, named, rtol=0, atol=1e-3)
 
 
 def test_a_callable_that_returns_nonsense_is_refused():

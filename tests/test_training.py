@@ -17,11 +17,11 @@ STEPS = 160
 DEAD, ALIVE = 3.1, 2.95
 
 
-def plain_loop(model, guard, optimizer, steps=STEPS, size=tiny_gpt.Size()):
+def plain_loop(model, guard, optimizer, steps=STEPS, size=None):
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = tiny_gpt.loss_of(model, step, size)
+        loss = tiny_gpt.loss_of(model, step, size or tiny_gpt.Size())
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if guard is not None:

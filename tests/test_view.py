@@ -48,10 +48,11 @@ def test_the_closed_gate_returns_the_parameter_itself_quickly():
     layer, _ = layer_with_view(spiked(8, 8))
     assert layer.weight is layer._parameters["weight"]
     assert layer.weight is layer.parametrizations.weight.original
-    # Alone on a machine 0.3 us, where a plain read takes 0.5 and stock parametrize 6; only ratios survive a busy one.
+    # A closed read goes through a property, a plain one through Module.__getattr__, which is slower: on two busy cores
+    # with torch 2.13 they took 0.8 and 1.1 us, stock parametrize 13. Only ratios mean anything on a busy machine.
     plain = nn.Linear(8, 8)
     ours, theirs = (min(timeit.repeat(lambda m=m: m.weight, number=20000, repeat=7)) for m in (layer, plain))
-    assert ours < 2 * theirs
+    assert ours < 1.5 * theirs
 
 
 def test_the_slot_keeps_identity_order_keys_and_gives_the_class_back():
@@ -376,3 +377,33 @@ def test_opening_twice_and_smoothing_nan_are_refused_by_name():
         layer._parameters["weight"][0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"blocks\.0\.weight"):
         _ = layer.weight
+
+
+def test_layers_of_one_kind_share_a_class_so_that_a_compiler_sees_one_type():
+    layers = [nn.Linear(4, 4), nn.Linear(6, 2)]
+    for layer in layers:
+        Slot(layer, "weight").put(SmoothingView())
+    assert type(layers[0]) is type(layers[1]) is not nn.Linear
+
+
+def test_a_parametrization_of_one_layer_leaves_its_siblings_alone():
+    class Half(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    layers = [nn.Linear(4, 4) for _ in range(2)]
+    for layer in layers:
+        Slot(layer, "weight").put(SmoothingView())
+    before = [layer.bias.detach().clone() for layer in layers]
+    parametrize.register_parametrization(layers[0], "bias", Half())
+    assert torch.equal(layers[0].bias, before[0] / 2)
+    assert torch.equal(layers[1].bias, before[1])
+    layers[1].bias = nn.Parameter(torch.ones(4))
+    assert layers[1].bias is layers[1]._parameters["bias"]
+    parametrize.remove_parametrizations(layers[0], "bias", leave_parametrized=False)
+    assert torch.equal(layers[0].bias, before[0])
+    layers[1].parametrizations.weight[0].open()
+    assert layers[1].weight is not layers[1]._parameters["weight"]
+    for layer in layers:
+        Slot(layer, "weight").clear()
+        assert type(layer) is nn.Linear

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pydoc_data import topics
 
 import torch
-from pydoc_data import topics
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

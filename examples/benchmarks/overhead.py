@@ -219,8 +219,8 @@ def main() -> None:
         for mode in options.modes.split(","):
             lines.append(measure(name, device, mode, options.rounds))
             print(json.dumps(lines[-1]), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n", encoding="utf-8")
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -74,12 +74,12 @@ def read_archive(fd: int, start: int, size: int) -> dict[str, Record]:
     records: dict[str, Record] = {}
     for entry in listed:
         if entry.name in records:
-            raise ValueError(f"it has the record {entry.name!r} twice, so readers would disagree")
+            raise ValueError(f"it has the record {entry.name[:200]!r} twice, so readers would disagree")
         records[entry.name] = _locate(fd, entry, start, start + begin)
     in_order = sorted(records.values(), key=lambda record: record.begin)
     for before, after in pairwise(in_order):
         if after.begin < before.end:
-            raise ValueError(f"its records {before.name!r} and {after.name!r} overlap")
+            raise ValueError(f"its records {before.name[:200]!r} and {after.name[:200]!r} overlap")
     return records
 
 
@@ -163,9 +163,11 @@ def _name(raw: bytes) -> str:
 
 def _check_stored(name: str, flags: int, method: int, same_size: bool) -> None:
     if flags & _ENCRYPTED:
-        raise ValueError(f"its record {name!r} is encrypted")
+        raise ValueError(f"its record {name[:200]!r} is encrypted")
     if method or not same_size:
-        raise ValueError(f"its record {name!r} is compressed, torch.save never does that; save it again with torch")
+        raise ValueError(
+            f"its record {name[:200]!r} is compressed, torch.save never does that; save it again with torch"
+        )
 
 
 def _widen(extra: bytes, values: Sequence[int]) -> tuple[int, ...]:
@@ -193,19 +195,19 @@ def _extra(extra: bytes, wanted: int) -> bytes | None:
 def _locate(fd: int, entry: _Listed, start: int, limit: int) -> Record:
     begin = start + entry.offset
     if begin + _LOCAL.size > limit:
-        raise ValueError(f"its record {entry.name!r} begins outside the archive")
+        raise ValueError(f"its record {entry.name[:200]!r} begins outside the archive")
     header = _LOCAL.unpack(read_exact(fd, begin, _LOCAL.size))
     mark, _, flags, method, _, _, crc, packed, size, name_size, extra_size = header
     offset = begin + _LOCAL.size + name_size + extra_size
     if offset + entry.size > limit:
-        raise ValueError(f"its record {entry.name!r} reaches outside the archive")
+        raise ValueError(f"its record {entry.name[:200]!r} reaches outside the archive")
     names = bytes(read_exact(fd, begin + _LOCAL.size, name_size + extra_size))
     if mark != b"PK\3\4" or method or flags != entry.flags or names[:name_size] != entry.raw:
-        raise ValueError(f"the header of its record {entry.name!r} contradicts the list")
+        raise ValueError(f"the header of its record {entry.name[:200]!r} contradicts the list")
     plain = _widen(names[name_size:], (size, packed))
     after = entry.flags & _DESCRIPTOR
     if (crc, *plain) != (entry.crc, entry.size, entry.size) and not (after and (crc, *plain) == (0, 0, 0)):
-        raise ValueError(f"the header of its record {entry.name!r} contradicts the list")
+        raise ValueError(f"the header of its record {entry.name[:200]!r} contradicts the list")
     sums = [entry.sum_at] if after and not crc else [entry.sum_at, begin + _CRC_IN_LOCAL]
     end = offset + entry.size
     if after:
@@ -225,7 +227,7 @@ def _descriptor(fd: int, entry: _Listed, at: int, limit: int) -> tuple[int, int]
             # Eight zero bytes of sizes look like four of them and the next header does not begin with zeros.
             if text.startswith(whole) and _ends_well(fd, at + len(whole), limit):
                 return at + len(mark), at + len(whole)
-    raise ValueError(f"the descriptor after its record {entry.name!r} contradicts the list")
+    raise ValueError(f"the descriptor after its record {entry.name[:200]!r} contradicts the list")
 
 
 def _ends_well(fd: int, at: int, limit: int) -> bool:

@@ -109,8 +109,8 @@ class DcpLayout(Layout):
             offset = inside.record(view).offset
         except ValueError as error:
             raise CheckpointError(
-                f"{self.files[piece.file]} does not have the piece of {entry.name} that {METADATA} places at byte "
-                f"{piece.offset}: {error}"
+                f"{self.files[piece.file]} does not have the piece of {entry.name[:200]!r} that {METADATA} places "
+                f"at byte {piece.offset}: {error}"
             ) from None
         known = self._records.setdefault(piece.file, {})
         known.update({f"{piece.offset}/{name}": record for name, record in inside.records.items()})

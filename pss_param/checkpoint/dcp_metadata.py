@@ -126,7 +126,7 @@ def _places(node: Any) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
             raise ValueError("it has a piece without a name")
         key = name, () if offset is None else sizes_of(offset)
         if key in seen:
-            raise ValueError(f"it places a piece of {name!r} twice")
+            raise ValueError(f"it places a piece of {name[:200]!r} twice")
         seen.add(key)
         yield key, _place(name, info)
 
@@ -134,10 +134,10 @@ def _places(node: Any) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place]]:
 def _place(name: str, node: Any) -> _Place:
     fields = _fields(node, _STORAGE_INFO)
     if fields.get("transform_descriptors"):
-        raise ValueError(f"{name!r} is compressed or transformed; save the checkpoint without extensions")
+        raise ValueError(f"{name[:200]!r} is compressed or transformed; save the checkpoint without extensions")
     file, offset, length = (fields.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(file, str) or not is_size(offset) or not is_size(length):
-        raise ValueError(f"the place of {name!r} is broken")
+        raise ValueError(f"the place of {name[:200]!r} is broken")
     return _Place(file, offset, length)  # type: ignore[arg-type]  # is_size says that they are int
 
 
@@ -151,7 +151,7 @@ def _recorded(name: str, node: Made, path: Key, places: Mapping[tuple[str, tuple
     fields = _fields(node, _METADATA + "TensorStorageMetadata")
     shape, chunks = sizes_of(fields.get("size")), fields.get("chunks")
     if not isinstance(chunks, list) or len(chunks) > MAX_PIECES:
-        raise ValueError(f"{name!r} has no list of at most {MAX_PIECES} pieces")
+        raise ValueError(f"{name[:200]!r} has no list of at most {MAX_PIECES} pieces")
     pieces = tuple(_piece(name, chunk, places) for chunk in chunks)
     check_cover(name, shape, pieces)
     kind = _dtype_name(fields.get("properties"))
@@ -163,7 +163,7 @@ def _piece(name: str, node: Any, places: Mapping[tuple[str, tuple[int, ...]], _P
     origin, shape = sizes_of(fields.get("offsets")), sizes_of(fields.get("sizes"))
     place = places.get((name, origin))
     if place is None:
-        raise ValueError(f"it says nowhere in which file the piece of {name!r} at {origin} lies")
+        raise ValueError(f"it says nowhere in which file the piece of {name[:200]!r} at {origin} lies")
     return Piece(origin, shape, place.file, place.offset, place.length)
 
 
@@ -197,10 +197,10 @@ def check_cover(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) ->
         if not len(piece.origin) == len(piece.shape) == len(shape) or any(
             start + size > whole for start, size, whole in zip(piece.origin, piece.shape, shape, strict=True)
         ):
-            raise ValueError(f"a piece of {name!r} reaches outside of its shape {shape}")
+            raise ValueError(f"a piece of {name[:200]!r} reaches outside of its shape {shape}")
     have, wanted = sum(_volume(piece.shape) for piece in pieces), _volume(shape)
     if have != wanted:
-        raise ValueError(f"the pieces of {name!r} have {have} elements, the tensor has {wanted}")
+        raise ValueError(f"the pieces of {name[:200]!r} have {have} elements, the tensor has {wanted}")
     _check_apart(name, sorted((piece for piece in pieces if _volume(piece.shape)), key=lambda piece: piece.origin))
 
 
@@ -210,7 +210,7 @@ def _check_apart(name: str, pieces: list[Piece]) -> None:
         # Sorted by the first dimension: those that end before this one begins are out of reach for good.
         near = [other for other in near if not piece.origin or other.origin[0] + other.shape[0] > piece.origin[0]]
         if any(_touch(piece, other) for other in near):
-            raise ValueError(f"two pieces of {name!r} overlap")
+            raise ValueError(f"two pieces of {name[:200]!r} overlap")
         near.append(piece)
 
 

@@ -164,10 +164,10 @@ def _view(path: str, args: tuple[Any, ...]) -> View | Opaque:
         return Opaque("lazily negated or conjugated")
     offset, shape, strides = args[1], sizes_of(args[2]), sizes_of(args[3])
     if not is_size(offset) or len(shape) != len(strides):
-        raise ValueError(f"a tensor over storage {key!r} has an unusual offset, shape or strides")
+        raise ValueError(f"a tensor over storage {key[:40]!r} has an unusual offset, shape or strides")
     view = View(key, count * storage_type.itemsize, dtype, offset, shape, strides)
     if view.end > view.nbytes:
-        raise ValueError(f"a tensor reaches byte {view.end} of storage {key!r}, which has {view.nbytes} bytes")
+        raise ValueError(f"a tensor reaches byte {view.end} of storage {key[:40]!r}, which has {view.nbytes} bytes")
     return view
 
 

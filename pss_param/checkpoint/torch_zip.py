@@ -52,7 +52,7 @@ class TorchZip:
         if found is None:
             raise ValueError(f"a tensor lies in storage {view.storage[:40]!r}, which is not there")
         if found.size != view.nbytes:
-            raise ValueError(f"storage {view.storage!r} has {found.size} bytes, its tensors expect {view.nbytes}")
+            raise ValueError(f"storage {view.storage[:40]!r} has {found.size} bytes, its tensors expect {view.nbytes}")
         return found
 
 

@@ -11,9 +11,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch_files import TinyTransformer, check_slices, make_sick
 
 from pss_param.checkpoint import open_checkpoint
+from pss_param.checkpoint.dcp import map_moments
 from pss_param.checkpoint.dcp_metadata import Piece, check_cover
 from pss_param.errors import CheckpointError
-from pss_param.repair import repair_checkpoint
+from pss_param.repair import RepairOptions, repair_checkpoint
 
 UP = "layers.0.mlp.up_proj.weight"
 
@@ -68,6 +69,58 @@ def test_state_is_listed_and_mapped_by_the_checkpoints_own_names(checkpoint):
         assert layout.read(moments["step"]) == 1
         # The tied head has no state of its own: torch records it under one of the two names.
         assert len(layout.state) == 3 * len(layout.moments)
+
+
+def test_moments_of_the_repaired_weights_are_reset(checkpoint):
+    report = repair_checkpoint(checkpoint, options=RepairOptions(optimizer="reset"))
+    output = checkpoint.with_name("step-7-repaired")
+    check_slices(output)
+    with open_checkpoint(checkpoint) as before, open_checkpoint(output) as after:
+        for weight, moments in before.moments.items():
+            for name in moments.values():
+                if weight in report.changed:
+                    assert not after.read(name).any()
+                else:
+                    assert torch.equal(after.read(name), before.read(name))
+
+
+def test_names_of_parameters_are_matched_as_recorded():
+    paths = {
+        "app.model.w": ("app", "model", "w"),
+        "app.ema.model.w": ("app", "ema", "model", "w"),
+        "app.optim.state.w.exp_avg": ("app", "optim", "state", "w", "exp_avg"),
+        "optimizer.state.a.b.step": ("optimizer", "state.a.b.step"),
+        "a.b": ("a.b",),
+        "optims.0.state.a.b.m": ("optims", 0, "state", "a.b", "m"),
+        "optim.state.gone.m": ("optim", "state", "gone", "m"),
+        "optim.param_groups.w.lr": ("optim", "param_groups", "w", "lr"),
+    }
+    weights = [name for name in paths if "opt" not in name]
+    found = map_moments(paths, weights, [name for name in paths if "opt" in name])
+    assert found == {
+        "app.model.w": {"exp_avg": "app.optim.state.w.exp_avg"},
+        "a.b": {"step": "optimizer.state.a.b.step", "m": "optims.0.state.a.b.m"},
+    }
+
+
+def test_flipped_bytes_of_metadata_never_crash(tmp_path):
+    path = tmp_path / "x"
+    dcp.save({"model": {UP: torch.ones(4, 4)}, "step": torch.tensor(1)}, checkpoint_id=path, no_dist=True)
+    data = (path / ".metadata").read_bytes()
+    chance = torch.Generator().manual_seed(0)
+    opened = 0
+    for _ in range(500):
+        broken = bytearray(data)
+        at, to = torch.randint(len(data), (1,), generator=chance), torch.randint(256, (1,), generator=chance)
+        broken[int(at)] = int(to)
+        (path / ".metadata").write_bytes(broken)
+        try:
+            with open_checkpoint(path):
+                opened += 1
+        except CheckpointError as error:
+            reason = str(error)
+            assert "\n" not in reason
+    assert 0 < opened < 500
 
 
 def metadata(path):

@@ -10,6 +10,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pss_param.checkpoint.pickled import MAX_OPCODES, Global, Made, Table, read_pickle
 
@@ -175,3 +177,18 @@ def test_programs_end(monkeypatch):
         read_pickle(b"N0" * 600 + b"N.")
     with pytest.raises(ValueError, match="100 objects"):
         read_pickle(b"\x8f0" * 200 + b"N.")
+
+
+ALPHABET = [
+    bytes([code])
+    for code in b"()]}0123acdeghijklmoqrstub.NRQTVXK\x80\x81\x85\x86\x87\x88\x89\x8c\x8f\x90\x91\x92\x93\x94"
+]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(ALPHABET), st.binary(max_size=4)), max_size=60).map(b"".join))
+def test_any_bytes_are_read_or_refused(data):
+    with contextlib.suppress(ValueError):
+        read_pickle(data)
+    with contextlib.suppress(ValueError):
+        read_pickle(b"N}](" + data + b".")

@@ -126,8 +126,10 @@ def test_errors_are_one_line_and_1(checkpoint, call, tmp_path):
     bad.write_bytes(b"junk")
     nan = tmp_path / "nan.safetensors"
     save_file({SICK.format(0): torch.full((9, 9), float("nan"))}, nan)
+    (tmp_path / "empty").mkdir()
     for args in (
-        ["none.safetensors"], [bad], ["scan", bad], ["export", bad], [nan], [tmp_path],
+        ["none.safetensors"], [bad], ["scan", bad], ["export", bad], [nan], [tmp_path / "empty"], ["verify", checkpoint],
+            ["compare", checkpoint, bad], [checkpoint, "--optimizer", "reset"], [checkpoint, "--where", "drifted"],
         [checkpoint, "-o", checkpoint], [checkpoint, "-o", checkpoint, "--force"],
         [checkpoint, "-o", tmp_path / "no" / "folder"], [checkpoint, "--device", "warp"],
         [checkpoint, "--edge", "reference"], [checkpoint, "--rank", "2"], ["demo.safetensors\nx"],
@@ -280,3 +282,33 @@ def test_a_real_interrupt_leaves_nothing_and_prints_one_line(tmp_path):
     assert (process.returncode, out) == (1, "")
     assert one_line(err), err
     assert os.listdir(tmp_path) == ["big.safetensors"]
+
+
+def test_compare_verify_and_drift(checkpoint, call, tmp_path):
+    good = tmp_path / "good.safetensors"
+    save_file({SICK.format(i): matrix(i) for i in range(6)} | {"n.weight": torch.ones(4)}, good)
+    code, out, err = call("compare", good, checkpoint)
+    assert code == 0
+    assert SICK.format(2) in out
+    assert "6 targets" in err
+    content = json.loads(call("compare", "--json", good, checkpoint)[1])
+    moved = {row["name"] for row in content["rows"] if row["distance"] > 0}
+    assert (content["schema"], moved) == ("pss-param/compare-report/1", {SICK.format(2)})
+    assert content["identical"] == 6
+    assert "distance" in call("scan", checkpoint, "--reference", good)[1]
+    code, out, _ = call(checkpoint, "--reference", good, "--where", "drifted", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [tensor["name"] for tensor in report["tensors"]] == [SICK.format(2)]
+    assert "not below 0.5" in report["skipped"][SICK.format(1)]
+    output = tmp_path / "model.repaired.safetensors"
+    assert call("verify", output, "--source", checkpoint)[0] == 0
+    assert json.loads(call("verify", output, "--json")[1])["problems"] == []
+    code, _, err = call("verify", output, "--source", good)
+    assert code == 1
+    assert one_line(err)
+    data = bytearray(output.read_bytes())
+    data[-100] ^= 255
+    output.write_bytes(data)
+    assert call("verify", output)[0] in {0, 1}
+    assert call("verify", output, "--source", checkpoint)[0] == 1

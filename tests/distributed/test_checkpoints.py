@@ -53,7 +53,9 @@ def save(stack: str, attached: bool, folder: str) -> dict:
     for step in range(FIRST):
         _step(run, step)
     opened = attached and run.guard.is_open
-    content = _contents(run, get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer), attached)
+    content = _contents(
+        run, get_model_state_dict(run.model), get_optimizer_state_dict(run.model, run.optimizer), attached
+    )
     dcp.save(content, checkpoint_id=folder)
     saved = _seen(run)
     for step in range(FIRST, STEPS):
@@ -110,9 +112,7 @@ def test_attached_and_plain_runs_exchange_checkpoints(
 
 
 @pytest.mark.parametrize(("saves_attached", "loads_attached"), [(True, True), (True, False), (False, True)])
-def test_over_two_dimensions(
-    four_ranks: Ranks, tmp_path: Path, saves_attached: bool, loads_attached: bool
-) -> None:
+def test_over_two_dimensions(four_ranks: Ranks, tmp_path: Path, saves_attached: bool, loads_attached: bool) -> None:
     _exchange(four_ranks, tmp_path, "tp fsdp", saves_attached, loads_attached)
 
 

@@ -82,6 +82,7 @@ def by_hand(model, detector, steps):
     return weights(model)
 
 
+@pytest.mark.slow
 def test_the_example_dies_without_the_guard_and_lives_with_it():
     main = example("train_with_lightning")
     assert main(guarded=False) > UNIGRAM - 0.15
