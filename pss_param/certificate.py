@@ -23,7 +23,8 @@ edge was missed altogether is certain only in probability: the start is Gaussian
 In the basis of Ritz vectors and their complement, ``W^T W = [[Theta, C^T], [C, M]]`` with ``Theta = diag(S^2)`` and
 the measured coupling ``C``. For every ``x > ||M||``, as many eigenvalues lie above ``x`` as
 ``Theta + C^T (x - M)^-1 C - x`` has positive ones (Sylvester), so the eigenvalues of
-``Theta + C^T C / (c^2 - ||M||)`` bound those of ``W^T W`` from above wherever they are at least ``c^2``. Converged values are hardly moved by it, so this bound is far sharper than the sums
+``Theta + C^T C / (c^2 - ||M||)`` bound those of ``W^T W`` from above wherever they are at least ``c^2``. Converged
+values are hardly moved by it, so this bound is far sharper than the sums
 of residuals above, and replaces ``|R|`` and the bounds of Weyl and Mathias once the residuals themselves are within
 tolerance. ``||M||`` is taken as the largest Ritz value of the last block by itself: that block was the part of the
 complement which the iteration would have amplified next, and the complement has only shrunk since.

@@ -2,8 +2,8 @@
 r"""Shapes of a smoothing: how dominant singular values come down to the edge.
 
 Each is a pure function ``f(S, edge)`` of the dominant values of one matrix, ``(k,)`` in descending order, and the
-level that they come down to. All are scale-equivariant, keep order and never raise the largest value; users pass their own in
-the same form.
+level that they come down to. All are scale-equivariant, keep order and never raise the largest value; users pass
+their own in the same form.
 """
 
 from __future__ import annotations

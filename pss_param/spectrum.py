@@ -320,5 +320,5 @@ def frobenius_norm(W: Tensor) -> Tensor:
     if not bool(torch.isfinite(peak).all()):
         raise NonFiniteError(_NOT_FINITE)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))
-    total = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2)) * peak[:, 0, 0].double()
-    return total
+    relative: Tensor = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2))
+    return relative * peak[:, 0, 0].double()

@@ -103,7 +103,7 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
         try:
             module = modules[path] if path in modules else modules.setdefault(path, _load(path))
             answer = True, getattr(module, name)(*args)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (the parent raises it)
             answer = False, traceback.format_exc()
         try:
             pipe.send(answer)

@@ -46,7 +46,7 @@ def test_decisions_come_one_step_later():
     model, guard = guarded()
     now = decisions(guard, model, NORMS)
     assert sum(event.triggered for event in now) == 2
-    assert [event.triggered for event in late] == [False] + [event.triggered for event in now][:-1]
+    assert [event.triggered for event in late] == [False, *[event.triggered for event in now][:-1]]
     assert [event.norm for event in late[1:]] == [event.norm for event in now[:-1]]
     assert math.isnan(late[0].norm)
     assert late[0].reason

@@ -142,7 +142,7 @@ def test_checkpoints_move_to_another_number_of_ranks(
         _same(after["final"], saved[0]["final"], exact=False)
 
 
-def _alone(job, *args):  # noqa: ANN
+def _alone(job, *args):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         return job(*args)

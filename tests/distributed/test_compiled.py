@@ -49,7 +49,8 @@ def test_layers_compiled_one_by_one(two_ranks: Ranks, backend: str) -> None:
         assert outcome["events"] == by_rank[0]["events"]
         assert sum("smoothing" in event for event in outcome["events"]) == truth["fired"]
         assert outcome["breaks"] == {}
-        assert outcome["graphs"] == outcome["closed"] + 2, "one more graph for each of the two layers"
+        assert (outcome["closed"], outcome["graphs"]) == (1, 2), "equal layers share their graphs, open or closed"
         for name, value in truth["state"].items():
             assert torch.equal(outcome["state"][name], by_rank[0]["state"][name])
-            torch.testing.assert_close(outcome["state"][name], value, rtol=1e-3, atol=1e-4)
+            # Prepared directions are those of the weight before its last update.
+            torch.testing.assert_close(outcome["state"][name], value, rtol=2e-2, atol=2e-3)

@@ -20,7 +20,7 @@ def until_open(stack: str) -> tuple:
     run = start(stack)
     run.go(0, 5)
     assert run.guard.is_open
-    return run, {name: view for name, view in run.guard.views.items()}
+    return run, dict(run.guard.views.items())
 
 
 def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def saved_while_open(stack: str) -> dict:
     """The state saved at an open gate, then what the next step makes of the weights without an update."""
-    run, views = until_open(stack)
+    run, _views = until_open(stack)
     raw = stored(run.model)
     saved = whole_state(run.model)
     loss_of(run.model, 5, *run.shares).backward()
@@ -179,7 +179,7 @@ class Wide(torch.nn.Module):
 
 
 def peaks() -> dict:
-    """Bytes of a step over its start, by what the allocator tells the profiler: gate closed, open, open without recipes."""
+    """Bytes of a step over its start, as the profiler hears from the allocator: closed, open, open without recipes."""
     model = Wide()
     for layer in model.layers:
         fully_shard(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parallel_runs import NAMES, STEPS, start, whole_state
+from parallel_runs import STEPS, start, whole_state
 from ranks import Ranks
 
 TWO = ["ddp", "fsdp", "tp", "fsdp bf16"]

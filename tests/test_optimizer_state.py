@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments of Lightning and distributed checkpoints are found by their own records and reset in place."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from pss_param.errors import CheckpointError
+from pss_param.options import RepairOptions
+from pss_param.repair import repair_checkpoint
+from pss_param.verification import verify_checkpoint
+
+TARGET = "layers.1.up_proj.weight"
+OPTIONS = {"edge": "init", "init_std": 0.01, "targets": "none", "include": (TARGET,)}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(16, 24)}) for _ in range(3))
+        self.norm = nn.BatchNorm1d(24)
+
+    def forward(self, x):
+        return sum(self.norm(layer["up_proj"](x)) for layer in self.layers)
+
+
+def trained(groups=1, **options):
+    net = Net()
+    members = list(net.parameters())
+    parts = [members] if groups == 1 else [members[:4], members[4:]]
+    optimizer = torch.optim.AdamW([{"params": part} for part in parts], **options)
+    net(torch.randn(4, 16)).square().mean().backward()
+    optimizer.step()
+    return net, optimizer
+
+
+def lightning_file(net, optimizer, path):
+    content = {
+        "pytorch-lightning_version": "2.6.6", "state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [], "epoch": 3, "global_step": 1,
+    }  # fmt: skip
+    torch.save(content, path)
+
+
+def test_lightning_in_the_order_of_its_own_state_dict(tmp_path):
+    net, optimizer = trained()
+    lightning_file(net, optimizer, tmp_path / "x.ckpt")
+    report = repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="reset"))
+    assert report.optimizer.reset == (TARGET,)
+    new = torch.load(report.output, weights_only=True)
+    at = [name for name, _ in net.named_parameters()].index(TARGET)
+    state = new["optimizer_states"][0]["state"]
+    assert {n for n, entry in state.items() if not entry["exp_avg"].any() and entry["step"] == 0} == {at}
+    assert new["global_step"] == 1
+    assert not verify_checkpoint(report.output, tmp_path / "x.ckpt").problems
+
+
+def test_two_groups_without_a_record_are_refused_and_with_names_are_not(tmp_path):
+    net, optimizer = trained(groups=2)
+    lightning_file(net, optimizer, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="param-order"):
+        repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="reset"))
+    named = torch.optim.AdamW(reversed(list(net.named_parameters())))
+    net(torch.randn(4, 16)).square().mean().backward()
+    named.step()
+    lightning_file(net, named, tmp_path / "x.ckpt")
+    report = repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="reset"), force=True)
+    state = torch.load(report.output, weights_only=True)["optimizer_states"][0]["state"]
+    at = [name for name, _ in reversed(list(net.named_parameters()))].index(TARGET)
+    assert {n for n, entry in state.items() if entry["step"] == 0} == {at}
+
+
+@pytest.mark.parametrize("mode", ["reset", "reset-all"])
+def test_distributed_checkpoints_by_name(tmp_path, mode):
+    net, optimizer = trained()
+    state = {"model": net.state_dict(), "optim": get_optimizer_state_dict(net, optimizer)}
+    dcp.save(state, checkpoint_id=tmp_path / "x", no_dist=True)
+    options = RepairOptions(**{**OPTIONS, "include": (f"*{TARGET}",)}, optimizer=mode)
+    report = repair_checkpoint(tmp_path / "x", options=options)
+    assert len(report.changed) == 1
+    fresh = {"model": net.state_dict(), "optim": get_optimizer_state_dict(net, optimizer)}
+    dcp.load(fresh, checkpoint_id=report.output, no_dist=True)
+    zero = {name for name, entry in fresh["optim"]["state"].items() if not entry["exp_avg"].any() and not entry["step"]}
+    assert zero == ({TARGET} if mode == "reset" else set(dict(net.named_parameters())))
+    assert sorted(os.listdir(tmp_path)) == ["x", "x-repaired", "x-repaired.pss.json"]
+    assert not verify_checkpoint(report.output, tmp_path / "x").problems
