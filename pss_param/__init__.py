@@ -21,6 +21,7 @@ Example:
 from pss_param.attaching import attach
 from pss_param.checkpoint.layout import Layout
 from pss_param.checkpoint.sniff import open_checkpoint
+from pss_param.compare import CompareReport, compare_checkpoints
 from pss_param.detector import AnyOf, Detector, GradientNormRatio, Verdict
 from pss_param.errors import ArgumentError, CheckpointError, NonFiniteError, PssError, StateError
 from pss_param.event import Event
@@ -30,6 +31,7 @@ from pss_param.guard import Guard, detach
 from pss_param.lowrank import Correction
 from pss_param.matricize import Matricization
 from pss_param.options import Progress, RepairOptions
+from pss_param.param_order import write_param_order
 from pss_param.plain import export_checkpoint
 from pss_param.policy import GuardPolicy
 from pss_param.repair import repair_checkpoint, repair_state_dict
@@ -46,6 +48,7 @@ from pss_param.targets import (
     select_parameters,
     select_tensors,
 )
+from pss_param.verification import Verification, verify_checkpoint
 from pss_param.version import __version__
 from pss_param.view import SmoothingView
 
@@ -53,6 +56,7 @@ __all__ = [
     "AnyOf",
     "ArgumentError",
     "CheckpointError",
+    "CompareReport",
     "Correction",
     "Detector",
     "DominantDirections",
@@ -78,8 +82,10 @@ __all__ = [
     "TargetRules",
     "TensorInfo",
     "Verdict",
+    "Verification",
     "__version__",
     "attach",
+    "compare_checkpoints",
     "correction",
     "detach",
     "dominant_directions",
@@ -95,4 +101,6 @@ __all__ = [
     "smooth",
     "spectral_norm",
     "stable_rank",
+    "verify_checkpoint",
+    "write_param_order",
 ]

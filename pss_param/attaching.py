@@ -37,7 +37,8 @@ def attach(
     The model stays what it is: parameters keep identity, order, names and bits, and its checkpoints are plain.
 
     Args:
-        model: The model, before or after its optimizer was made.
+        model: The model, before or after its optimizer was made, before or after ``DistributedDataParallel`` or
+            ``fully_shard``, and after ``parallelize_module``.
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
         edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.

@@ -380,7 +380,10 @@ class Guard:
             drop_gradients(self.model)
             return True
         if self.policy.on_trigger == "smooth_and_clip" and norm > verdict.limit:
-            scale_gradients(self.model, verdict.limit / norm)
+            # What the user measured may be from before a clipping of their own: clip what is there now.
+            present = float(gradient_norm(self.model))
+            if present > verdict.limit:
+                scale_gradients(self.model, verdict.limit / present)
         return False
 
     def _open(self, views: Sequence[SmoothingView]) -> None:

@@ -49,8 +49,7 @@ class OptimizerEditor:
     def _refuse_loose(self, state: OptimizerState) -> None:
         if loose := state.loose_masters():
             raise CheckpointError(
-                f"{self.layout.path}: {state.label} keeps master copies of the weights flattened together ({loose[0]}); "
-                
+                f"{self.layout.path}: {state.label} keeps master copies of weights flattened together ({loose[0]}); "
                 "they would overwrite repaired weights at the next step; start a new optimizer from the repaired "
                 "weights: repair the weights' file alone"
             )

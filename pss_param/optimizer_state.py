@@ -109,7 +109,7 @@ def find_optimizers(layout: Layout) -> tuple[OptimizerState, ...]:
     if isinstance(layout, DcpLayout):
         used = {key for fields in layout.moments.values() for key in fields.values()}
         rest = tuple(key for key in layout.state if key not in used)
-        by_name: dict[Owner, Mapping[str, str]] = {**layout.moments}
+        by_name: dict[Owner, Mapping[str, str]] = dict(layout.moments.items())
         return (OptimizerState(("the optimizer",), by_name, loose=rest),) if layout.state else ()
     found: dict[tuple[Owner, ...], dict[Owner, dict[str, str]]] = {}
     loose: dict[str, tuple[Owner, ...]] = {}

@@ -27,7 +27,7 @@ from pss_param.sharded import is_sharded
 if TYPE_CHECKING:
     from pss_param.view import Factors, SmoothingView
 
-__all__ = ["ThinSaving", "fully_sharded", "resting_mesh", "reshard"]
+__all__ = ["ThinSaving", "fully_sharded", "reshard", "resting_mesh"]
 
 
 def fully_sharded(model: nn.Module) -> list[nn.Module]:

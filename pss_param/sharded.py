@@ -86,7 +86,7 @@ class ShardedMatrix:
         return torch.Size((*self._batch, *self._matrix_shape))
 
     @property
-    def mT(self) -> "ShardedMatrix":  # noqa: N802 (the name that tensors have)
+    def mT(self) -> "ShardedMatrix":
         """The transpose; shares the local piece."""
         other = object.__new__(ShardedMatrix)
         other.__dict__.update(self.__dict__)

@@ -354,6 +354,16 @@ def test_on_trigger_clip_and_skip():
         assert event.norm == pytest.approx(norm.item())
 
 
+def test_clipping_looks_at_the_gradient_as_it_is_now():
+    model = net()
+    guard = attach(model, detector=OnSteps(1, limit=0.01), policy=GuardPolicy(on_trigger="smooth_and_clip"))
+    loss_of(model).backward()
+    before = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.02)
+    guard.step(before)  # clipped to 0.02 already; the guard's limit is 0.01, whatever the norm once was
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(0.01, rel=1e-4)
+
+
 def test_cooldown_holds_back_and_says_so():
     model = net()
     guard = attach(model, detector=OnSteps(*range(1, 9)), policy=GuardPolicy(cooldown=3))

@@ -40,7 +40,8 @@ def trained(groups=1, **options):
 
 def lightning_file(net, optimizer, path):
     content = {
-        "pytorch-lightning_version": "2.6.6", "state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()],
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()],
         "lr_schedulers": [], "epoch": 3, "global_step": 1,
     }  # fmt: skip
     torch.save(content, path)

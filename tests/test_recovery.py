@@ -51,7 +51,7 @@ def test_non_finite_tensors_are_taken_from_a_reference_of_another_format(pair):
 
 
 def test_a_reference_that_is_sick_or_lacks_a_tensor_is_refused(pair, tmp_path):
-    good, bad = pair
+    _, bad = pair
     with pytest.raises(NonFiniteError, match="the reference has 1"):
         repair_checkpoint(bad, options=RepairOptions(reference=bad, nonfinite="reference"))
     save_file({NORM: torch.ones(48)}, tmp_path / "less")
@@ -99,7 +99,11 @@ def test_verify_finds_every_kind_of_change(pair, tmp_path):
     report = repair_checkpoint(bad, tmp_path / "out", options)
     assert not verify_checkpoint(tmp_path / "out", bad).problems
     original = load_file(tmp_path / "out")
-    for name, words in ((UP.format(0), "other bytes"), (NORM, "other bytes"), (UP.format(2), "differs from the source")):
+    for name, words in (
+        (UP.format(0), "other bytes"),
+        (NORM, "other bytes"),
+        (UP.format(2), "differs from the source"),
+    ):
         changed = {key: value.clone() for key, value in original.items()}
         changed[name].view(-1)[0] += 1
         save_file(changed, tmp_path / "out")

@@ -33,7 +33,8 @@ WORK = f"""
 import json, sys, time
 import pss_param as pss
 start = time.perf_counter()
-options = pss.RepairOptions(targets="none", include=("layers.0.self_attn.q_proj",), verify=sys.argv[3] == "verify", device="cpu")
+verify = sys.argv[3] == "verify"
+options = pss.RepairOptions(targets="none", include=("layers.0.self_attn.q_proj",), verify=verify, device="cpu")
 report = pss.repair_checkpoint(sys.argv[1], sys.argv[2], options)
 print(json.dumps({{"seconds": time.perf_counter() - start, "changed": len(report.changed), "peak": {PEAK}}}))
 """

@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_a_trainer_resumes_with_step_scheduler_and_random_state(run, checkpoint,
     assert report.format == "transformers Trainer folder (safetensors)"
     assert len(report.changed) == 14
     for name in set(os.listdir(checkpoint)) - {"model.safetensors"}:
-        assert (checkpoint / name).read_bytes() == open(os.path.join(report.output, name), "rb").read(), name
+        assert (checkpoint / name).read_bytes() == Path(report.output, name).read_bytes(), name
     going_on = trainer(tmp_path / "more")
     going_on.train(resume_from_checkpoint=report.output)
     control = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]

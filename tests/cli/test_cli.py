@@ -128,7 +128,8 @@ def test_errors_are_one_line_and_1(checkpoint, call, tmp_path):
     save_file({SICK.format(0): torch.full((9, 9), float("nan"))}, nan)
     (tmp_path / "empty").mkdir()
     for args in (
-        ["none.safetensors"], [bad], ["scan", bad], ["export", bad], [nan], [tmp_path / "empty"], ["verify", checkpoint],
+        ["none.safetensors"], [bad], ["scan", bad], ["export", bad], [nan], [tmp_path / "empty"],
+            ["verify", checkpoint],
             ["compare", checkpoint, bad], [checkpoint, "--optimizer", "reset"], [checkpoint, "--where", "drifted"],
         [checkpoint, "-o", checkpoint], [checkpoint, "-o", checkpoint, "--force"],
         [checkpoint, "-o", tmp_path / "no" / "folder"], [checkpoint, "--device", "warp"],

@@ -19,6 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 
+_SOME = [
+    (True, True),
+    pytest.param(True, False, marks=pytest.mark.slow),
+    pytest.param(False, True, marks=pytest.mark.slow),
+]
+
 FIRST = 7  # the gate that opened at step 6 (from 0) is open when the checkpoint is written
 
 
@@ -111,7 +117,7 @@ def test_attached_and_plain_runs_exchange_checkpoints(
     _exchange(two_ranks, tmp_path, stack, saves_attached, loads_attached)
 
 
-@pytest.mark.parametrize(("saves_attached", "loads_attached"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("saves_attached", "loads_attached"), _SOME)
 def test_over_two_dimensions(four_ranks: Ranks, tmp_path: Path, saves_attached: bool, loads_attached: bool) -> None:
     _exchange(four_ranks, tmp_path, "tp fsdp", saves_attached, loads_attached)
 
@@ -128,7 +134,7 @@ def _exchange(ranks: Ranks, tmp_path: Path, stack: str, saves_attached: bool, lo
             assert after["final"]["guard"] == before["final"]["guard"]
 
 
-@pytest.mark.parametrize(("saver", "loader"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("saver", "loader"), [(1, 2), (2, 1), (2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_checkpoints_move_to_another_number_of_ranks(
     two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path, saver: int, loader: int
 ) -> None:
