@@ -6,8 +6,18 @@ The command line prints the message as one line and exits with 1; it never shows
 """
 
 
+LONGEST = 2000
+"""Characters of a message; names that come from a file may have any length."""
+
+
 class PssError(Exception):
     """Base of everything that this package raises on purpose.
+
+    Names out of a hostile file may hold line breaks, commands for a terminal, or what no terminal can encode:
+    they are shown as escapes, and very long messages without their middle.
+
+    Args:
+        message: what is wrong and what to do.
 
     Example:
         >>> try:
@@ -16,6 +26,17 @@ class PssError(Exception):
         ...     print(error)
         rank must be at least 0, got -1; pass rank=None for floor(stable rank)
     """
+
+    def __init__(self, message: object = "") -> None:
+        """See the class."""
+        text = str(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 4 :]}"
+        super().__init__("".join(map(_shown, text)))
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 class ArgumentError(PssError, ValueError):

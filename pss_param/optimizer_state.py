@@ -199,7 +199,7 @@ def owners_by_name(state: OptimizerState, layout: Layout, order: ParamOrder | No
     numbers = [number for group in state.groups for number in group]
     if len(numbers) != len(order.names):
         raise CheckpointError(
-            f"{state.label} has {len(numbers)} parameters, {order.origin} has {len(order.names)}; "
+            f"{layout.path}: {state.label} has {len(numbers)} parameters, {order.origin} has {len(order.names)}; "
             "it belongs to another model or optimizer"
         )
     for number, name, shape in zip(numbers, order.names, order.shapes, strict=True):
@@ -207,7 +207,7 @@ def owners_by_name(state: OptimizerState, layout: Layout, order: ParamOrder | No
             seen = layout.state[key].shape
             if order.checked and moment in {"exp_avg", "exp_avg_sq", "momentum_buffer"} and seen != shape:
                 raise CheckpointError(
-                    f"{state.label}: parameter {number} should be {name} {shape} after {order.origin}, but its "
+                    f"{layout.path}: {state.label}: parameter {number} should be {name} {shape} after {order.origin}, but its "
                     f"{moment} has the shape {seen}; pass --param-order (made by pss_param.write_param_order)"
                 )
     return {plain_name(name): number for number, name in zip(numbers, order.names, strict=True)}

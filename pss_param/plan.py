@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pss_param.checkpoint import StoredTensor
+from pss_param.errors import ArgumentError
 from pss_param.targets import Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
 
 
@@ -103,6 +104,9 @@ def make_plan(source: TensorSource, rules: TargetRules) -> Plan:
     Returns:
         The plan; together its two parts name every tensor once.
 
+    Raises:
+        ArgumentError: the rules name nothing, or a tensor that cannot be taken.
+
     Example:
         >>> import torch
         >>> weights = {"layers.0.mlp.up_proj.weight": torch.ones(8, 4), "norm.weight": torch.ones(4)}
@@ -110,7 +114,10 @@ def make_plan(source: TensorSource, rules: TargetRules) -> Plan:
         ['layers.0.mlp.up_proj.weight']
     """
     infos = {n: TensorInfo(t.shape, t.dtype) for n, t in source.tensors.items() if t.dtype is not None}
-    selection: Selection = select_tensors(infos, rules, source.config)
+    try:
+        selection: Selection = select_tensors(infos, rules, source.config)
+    except ArgumentError as error:
+        raise ArgumentError(f"{getattr(source, 'path', 'the state dict')}: {error}") from None
     targets = {target.name: target for target in selection.targets}
     skipped = {skip.name: skip.reason for skip in (*selection.skipped, *_unreadable(source))}
     owner: dict[Any, str] = {}

@@ -169,6 +169,8 @@ def dominant_directions(
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
     norms = frobenius_norm(flat)
+    if bool((norms > torch.finfo(flat.dtype).max).any()):
+        flat = _widened(flat, norms)
     requests = _requests(rank, above, tol, batch, norms)
     start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
     with torch.autocast(W.device.type, enabled=False):
@@ -248,6 +250,13 @@ def _check_request(rank: int | None, above: float | Tensor | str | None, tol: fl
         raise ArgumentError(f"tol must lie between 0 and 1 (relative to the Frobenius norm), got {tol!r}")
 
 
+def _widened(W: Tensor, norms: Tensor) -> Tensor:
+    """``W`` in float64: its elements are finite, but its singular values are too large for its own type."""
+    if W.dtype == torch.float64 or not bool(torch.isfinite(norms).all()):
+        raise NonFiniteError("W has a norm beyond float64 although its elements are finite; scale it down")
+    return W.double()
+
+
 def _requests(
     rank: int | None, above: float | Tensor | str | None, tol: float, batch: torch.Size, norms: Tensor
 ) -> list[Request]:
@@ -320,5 +329,5 @@ def frobenius_norm(W: Tensor) -> Tensor:
     if not bool(torch.isfinite(peak).all()):
         raise NonFiniteError(_NOT_FINITE)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))
-    relative: Tensor = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2))
+    relative = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2))
     return relative * peak[:, 0, 0].double()

@@ -55,20 +55,24 @@ def damage_bytes(data: bytes, rng: Random, other: bytes = b"") -> bytes:
 def damage_json(text: bytes, rng: Random, names: tuple[str, ...] = ()) -> bytes:
     """Edit one place of a JSON text; `names` are files that a path may be changed to."""
     try:
-        tree = json.loads(text, object_pairs_hook=Pairs)
+        done = _edited(text, rng, names).encode("utf-8", "surrogatepass")
     except (ValueError, RecursionError):  # damaged before
         return damage_bytes(text, rng)
-    for _ in range(rng.choice((1, 1, 1, 2))):
-        if places := list(_places(tree)):
-            _edit(*rng.choice(places), rng, names)
-    done = _dump(tree).encode("utf-8", "surrogatepass")
     extra = rng.randrange(30)
     if extra == 0:
         cut = rng.randrange(len(done))
         return done[:cut] + rng.choice((b"\xff", b"\xed\xa0\x80", b"\0", b"\xc0\xaf", b"\xef\xbb\xbf")) + done[cut:]
     if extra == 1:
-        return rng.choice((done + b" " * 70, done + b"{}", b"\xef\xbb\xbf" + done, done.decode().encode("utf-16")))
+        return rng.choice((done + b" " * 70, done + b"{}", b"\xef\xbb\xbf" + done, b"\xff\xfe" + done))
     return done
+
+
+def _edited(text, rng, names):
+    tree = json.loads(text, object_pairs_hook=Pairs)
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        if places := list(_places(tree)):
+            _edit(*rng.choice(places), rng, names)
+    return _dump(tree)
 
 
 def _places(node):
@@ -99,7 +103,7 @@ def _edit(holder, at, rng, names):
         key = rng.choice(("", "x" * 5000, "\ud800", "a\nb", "\x1b[31m", "__metadata__", "../x", key + ".weight", "\0"))
     elif kind in (4, 5) and type(value) is int:
         value = rng.choice(
-            (*NUMBERS, -1, -value, value + 1, value - 1, value * 2, 10**400, Raw("9" * 5000), 1.0 * value)
+            (*NUMBERS, -1, -value, value + 1, value - 1, value * 2, 10**400, Raw("9" * 5000), Raw(f"{value}.0"))
         )
     elif kind in (4, 5) and isinstance(value, str):
         value = rng.choice((*names, *_TEXTS, *_DTYPES, value + "x", value.upper()))

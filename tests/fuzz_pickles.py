@@ -58,6 +58,8 @@ def split(data: bytes) -> list[bytes]:
         begins.extend(at for _, _, at in pickletools.genops(data) if at is not None)
     except (ValueError, IndexError):
         pass
+    if not begins:
+        return []
     return [data[at:end] for at, end in zip(begins, [*begins[1:], len(data)], strict=True)]
 
 

@@ -20,7 +20,7 @@ def block_under(heading: str) -> list[str]:
     return found[1].strip().splitlines()
 
 
-@pytest.mark.parametrize(("heading", "verb"), [("Run it", "pss-repair demo"), ("Test it", "pytest")])
+@pytest.mark.parametrize(("heading", "verb"), [("Run it", 'pss-repair" demo'), ("Test it", "pytest")])
 def test_each_command_is_one_line_that_sets_everything_up(heading, verb):
     lines = block_under(heading)
     assert len(lines) == 1

@@ -24,7 +24,8 @@ def start():
     model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
     # So nervous that gates are open at every other step.
     detector = AnyOf(GradientNormRatio(threshold=1.1, settle=1), StableRankFloor(period=3))
-    guard = attach(model, detector=detector, policy=GuardPolicy(max_trigger_rate=1))
+    # "auto" would look at what other tests of this process have compiled, which the resumed process has not.
+    guard = attach(model, detector=detector, policy=GuardPolicy(max_trigger_rate=1, prepare="lazy"))
     return model, guard, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 

@@ -13,7 +13,7 @@ from pss_param.errors import CheckpointError
 
 from .layout import Layout, load, store
 from .staged import StagedFolder, check_apart
-from .transfer import BLOCK, copy_range, read_exact, tensor_bytes
+from .transfer import LOOK, copy_range, read_into, tensor_bytes
 from .write import StagedFile, check_not_source, no_space
 
 Advance = Callable[[int], None]
@@ -188,10 +188,13 @@ def first_difference(one: int, other: int, spans: Iterator[tuple[int, int]], adv
     Returns:
         A byte position at or shortly before the first difference, exact to 4 KiB, or None where there is none.
     """
+    left, right = bytearray(LOOK), bytearray(LOOK)
     for begin, end in spans:
-        for at in range(begin, end, BLOCK):
-            count = min(BLOCK, end - at)
-            left, right = read_exact(one, at, count), read_exact(other, at, count)
+        for at in range(begin, end, LOOK):
+            count = min(LOOK, end - at)
+            read_into(one, at, memoryview(left)[:count])
+            read_into(other, at, memoryview(right)[:count])
+            # What is left of the longer block before was equal then and does not disturb.
             if left != right:
                 return at + next(i for i in range(0, count, 4096) if left[i : i + 4096] != right[i : i + 4096])
             advance(count)

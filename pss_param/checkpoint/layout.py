@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pss_param.errors import CheckpointError
 
-from .transfer import BLOCK, read_exact, tensor_bytes, tensor_from, write_all
+from .transfer import LOOK, read_exact, read_into, tensor_bytes, tensor_from, write_all
 
 _L = TypeVar("_L", bound="Layout")
 
@@ -233,16 +233,19 @@ class Layout(ABC):
             name: its key.
 
         Yields:
-            Tensor: one-dimensional pieces; elements in the gaps of a strided tensor are not among them.
+            Tensor: one-dimensional pieces, each valid until the next is asked for; elements in the gaps of a strided
+                tensor are not among them.
         """
-        dtype = self.dtype(name)
+        dtype, buffer = self.dtype(name), bytearray(LOOK)
         for chunk in self.find(name).chunks:
             if not chunk.contiguous:
                 yield (_load(self.fd(chunk.file), chunk, dtype).as_strided(chunk.shape, chunk.strides).flatten())
                 continue
             end = chunk.offset + chunk.span * dtype.itemsize
-            for offset in range(chunk.offset, end, BLOCK):
-                yield tensor_from(read_exact(self.fd(chunk.file), offset, min(BLOCK, end - offset)), dtype)
+            for offset in range(chunk.offset, end, LOOK):
+                count = min(LOOK, end - offset)
+                read_into(self.fd(chunk.file), offset, memoryview(buffer)[:count])
+                yield tensor_from(buffer, dtype)[: count // dtype.itemsize]
 
     def dtype(self, name: str) -> torch.dtype:
         r"""The torch type of a tensor.
@@ -296,10 +299,16 @@ class Layout(ABC):
         """
         try:
             self.tensors = self._parse()
+            self._check_names()
         except BaseException:
             self.close()
             raise
         return self
+
+    def _check_names(self) -> None:
+        # They are shown in tables; in a terminal such a name could move the cursor, or could not be encoded at all.
+        if odd := next((name for name in self.tensors if not name.isprintable()), None):
+            raise CheckpointError(f"{self.path} has a tensor with unprintable characters in its name {odd!r}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

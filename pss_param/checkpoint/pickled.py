@@ -9,7 +9,9 @@ been called with what. Nothing is imported, called, hashed or compared, so nothi
 # Note [Why not pickle.Unpickler with a harmless find_class]
 # The C machine still allocates what a file asks for: a memo slot numbered 2**31 takes 32 GB, a dictionary key of
 # nested tuples takes exponential time to hash. Here the memo is a dictionary, dictionaries are lists of pairs,
-# and the number of opcodes, hence of objects, is bounded.
+# and the number of opcodes, hence of objects, is bounded. So is the size of everything when what is shared is
+# counted as often as it is mentioned: one big table under a hundred thousand keys would keep its readers busy for
+# hours.
 
 import io
 import pickletools
@@ -24,7 +26,10 @@ MAX_OPCODES = 5_000_000
 """About 200,000 tensors; with :data:`MAX_CALLS` it bounds memory."""
 
 MAX_CALLS = 1_000_000
-"""Objects that are no plain data; two or three a tensor."""
+"""Dictionaries, and objects that are no plain data; two or three a tensor."""
+
+MAX_SHARED = 20_000_000
+"""Elements and characters of what is mentioned again, each time counted; about a hundred a tensor."""
 
 MAX_BITS = 8192
 """Of an integer; random states have 128."""
@@ -143,6 +148,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.allowed = allowed
         self.calls = 0
+        self.uses: dict[int, tuple[Any, int]] = {}
 
     def run(self, program: Iterable[tuple[Any, Any, Any]]) -> Any:
         count = 0
@@ -151,6 +157,7 @@ class _Machine:
             if count > MAX_OPCODES:
                 raise ValueError(f"it has more than {MAX_OPCODES} opcodes")
             if opcode.name == "STOP":
+                self.check_uses()
                 return self.stack.pop()
             if opcode.name in _PUSHED:
                 self.stack.append(_number(argument))
@@ -172,6 +179,25 @@ class _Machine:
     def put(self, slot: int) -> None:
         self.memo[slot] = self.stack[-1]
 
+    def push_again(self, value: Any) -> None:
+        self.stack.append(value)
+        self.uses[id(value)] = (value, self.uses.get(id(value), (value, 0))[1] + 1)
+
+    def check_uses(self) -> None:
+        # At the end: a table may be filled after it was mentioned.
+        size = sum(count * _size(value) for value, count in self.uses.values())
+        if size > MAX_SHARED:
+            raise ValueError(f"it mentions the same things so often that it has {size} elements")
+
+    def push_table(self) -> None:
+        self.count()
+        self.stack.append(Table())
+
+    def count(self) -> None:
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise ValueError(f"it has more than {MAX_CALLS} objects")
+
     def push_global(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a global whose name is no text")
@@ -180,9 +206,7 @@ class _Machine:
         self.stack.append(Global(module, name))
 
     def call(self, callee: Any, args: Any) -> None:
-        self.calls += 1
-        if self.calls > MAX_CALLS:
-            raise ValueError(f"it has more than {MAX_CALLS} objects")
+        self.count()
         self.stack.append(Made(callee, args))
 
     def build(self) -> None:
@@ -209,6 +233,20 @@ class _Machine:
         if len(self.stack) < count:
             raise ValueError("a tuple of more than the stack holds")
         self.stack[-count:] = [tuple(self.stack[-count:])]
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Made):
+        # Readers look into the first level of what an object was made from.
+        args = value.args if isinstance(value.args, tuple) else ()
+        return len(value.pairs) + len(value.elements) + sum(map(_length, (*value.states, *args)))
+    return _length(value)
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, Table):
+        return len(value.pairs)
+    return len(value) if isinstance(value, list | tuple | str | bytes) else 0
 
 
 def _number(value: Any) -> Any:
@@ -288,21 +326,21 @@ _STEPS: dict[str, _Step] = {
     "NEWFALSE": lambda machine, argument: machine.push(False),
     "EMPTY_LIST": lambda machine, argument: machine.push([]),
     "EMPTY_TUPLE": lambda machine, argument: machine.push(()),
-    "EMPTY_DICT": lambda machine, argument: machine.push(Table()),
+    "EMPTY_DICT": lambda machine, argument: machine.push_table(),
     # A set is a call with elements, so that none of them is hashed.
     "EMPTY_SET": lambda machine, argument: machine.call(_SET, ()),
     "FROZENSET": lambda machine, argument: machine.call(_FROZENSET, (machine.since_mark(),)),
     "MARK": _mark,
     "POP": _pop,
     "POP_MARK": lambda machine, argument: machine.since_mark().clear(),
-    "DUP": lambda machine, argument: machine.push(machine.stack[-1]),
+    "DUP": lambda machine, argument: machine.push_again(machine.stack[-1]),
     "PUT": lambda machine, argument: machine.put(argument),
     "BINPUT": lambda machine, argument: machine.put(argument),
     "LONG_BINPUT": lambda machine, argument: machine.put(argument),
     "MEMOIZE": lambda machine, argument: machine.put(len(machine.memo)),
-    "GET": lambda machine, argument: machine.push(machine.memo[argument]),
-    "BINGET": lambda machine, argument: machine.push(machine.memo[argument]),
-    "LONG_BINGET": lambda machine, argument: machine.push(machine.memo[argument]),
+    "GET": lambda machine, argument: machine.push_again(machine.memo[argument]),
+    "BINGET": lambda machine, argument: machine.push_again(machine.memo[argument]),
+    "LONG_BINGET": lambda machine, argument: machine.push_again(machine.memo[argument]),
     "TUPLE1": lambda machine, argument: machine.push_last(1),
     "TUPLE2": lambda machine, argument: machine.push_last(2),
     "TUPLE3": lambda machine, argument: machine.push_last(3),
@@ -328,5 +366,5 @@ _STEPS: dict[str, _Step] = {
 
 def _dict(machine: _Machine) -> None:
     flat = machine.since_mark()
-    machine.stack.append(Table())
+    machine.push_table()
     machine.set_items(flat)

@@ -22,6 +22,10 @@ from .torch_tensors import Opaque, View, tensor_of
 from .transfer import read_exact
 
 
+_LONGEST_KEY = 500
+"""Characters of a key that the names of tensors show."""
+
+
 @dataclass(frozen=True)
 class TorchZip:
     r"""What a file of ``torch.save`` holds.
@@ -140,17 +144,24 @@ def _view(node: Any) -> View | Opaque:
 
 
 def _names(found: Iterable[TensorPath], taken: set[str]) -> dict[str, TensorPath]:
-    # ("a", "b.c") and ("a.b", "c") would have one name.
+    # ("a", "b.c") and ("a.b", "c") would have one name; so would keys that differ only where they are cut off.
     paths: dict[str, TensorPath] = {}
+    last: dict[str, int] = {}
     for path in found:
-        plain = name = ".".join(map(str, path)) or "tensor"
-        number = 1
+        plain = name = _joined(path)
         while name in taken:
-            number += 1
-            name = f"{plain}#{number}"
+            last[plain] = last.get(plain, 1) + 1
+            name = f"{plain}#{last[plain]}"
         taken.add(name)
         paths[name] = path
     return paths
+
+
+def _joined(path: TensorPath) -> str:
+    # A hostile key of a megabyte over a hundred thousand tensors would fill the memory with names.
+    words = (str(word) for word in path)
+    name = ".".join(word if len(word) <= _LONGEST_KEY else f"{word[:_LONGEST_KEY]}..." for word in words)
+    return (name if len(name) <= 4 * _LONGEST_KEY else f"{name[:_LONGEST_KEY]}...{name[-_LONGEST_KEY:]}") or "tensor"
 
 
 def parse_torch_zip(fd: int, file: str, path: Path | None = None) -> dict[str, StoredTensor]:

@@ -18,6 +18,10 @@ from pss_param.errors import CheckpointError
 BLOCK = 16 << 20
 """Bytes that are moved or examined at once; memory beyond one tensor stays at this size."""
 
+LOOK = 1 << 19
+"""Bytes that are looked at once in passing: two such buffers stay in a core's own cache, where comparing and counting
+cost less than fetching them from memory again."""
+
 # copy_file_range answers with one of these where the file system, the kernel or the pair of files cannot do
 # it.
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
@@ -32,10 +36,7 @@ def read_exact(fd: int, offset: int, count: int) -> bytearray:
         count: number of bytes.
 
     Returns:
-        A fresh buffer of exactly ``count`` bytes.
-
-    Raises:
-        CheckpointError: the file ends before ``offset + count``.
+        A fresh buffer of exactly ``count`` bytes; a file that ends before is refused.
 
     Example:
         >>> import tempfile
@@ -46,7 +47,22 @@ def read_exact(fd: int, offset: int, count: int) -> bytearray:
         bytearray(b'234')
     """
     buffer = bytearray(count)
-    view, done = memoryview(buffer), 0
+    read_into(fd, offset, memoryview(buffer))
+    return buffer
+
+
+def read_into(fd: int, offset: int, view: memoryview) -> None:
+    r"""Fill a buffer with the bytes at ``offset``.
+
+    Args:
+        fd: an open file.
+        offset: first byte.
+        view: the buffer, writable bytes.
+
+    Raises:
+        CheckpointError: the file ends before the buffer is full.
+    """
+    done, count = 0, len(view)
     while done < count:
         # Linux moves at most 2 GiB - 4 KiB a call.
         got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
@@ -56,7 +72,6 @@ def read_exact(fd: int, offset: int, count: int) -> bytearray:
                 "it was truncated, perhaps while being read: copy it again"
             )
         done += got
-    return buffer
 
 
 def write_all(fd: int, offset: int, data: memoryview | bytes | bytearray) -> None:
