@@ -204,7 +204,10 @@ class _Pass:
                 return
         keys = self._master_keys(name)
         masters = [self._read_master(key, weight) for key in keys]
-        value, copies, report = self.surgeon.smooth(target, weight, healthy, masters)
+        try:
+            value, copies, report = self.surgeon.smooth(target, weight, healthy, masters)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.job.where}: {name}: {error}") from None
         self.reports.append(report)
         if report.changed:
             self.put(name, value)

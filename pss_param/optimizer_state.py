@@ -12,7 +12,7 @@ its name. See Note [Initial states].
 # then a reset is refused.
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,9 @@ INITIAL: Mapping[str, float] = {
     "mu_product": 1.0,
 }  # fmt: skip
 """Initial value by name of the field: Adam(W), NAdam, RAdam, Adamax, SGD, RMSprop, Adadelta, Adafactor, Lion."""
+
+MAX_STATES = 1000
+"""Optimizers of one checkpoint."""
 
 _MASTER = re.compile(r"master|fp32|single_partition", re.IGNORECASE)
 
@@ -105,6 +108,9 @@ def find_optimizers(layout: Layout) -> tuple[OptimizerState, ...]:
 
     Returns:
         The states, in the order of the checkpoint.
+
+    Raises:
+        CheckpointError: a state contradicts itself, or there are more than any training run has.
     """
     if isinstance(layout, DcpLayout):
         used = {key for fields in layout.moments.values() for key in fields.values()}
@@ -121,15 +127,33 @@ def find_optimizers(layout: Layout) -> tuple[OptimizerState, ...]:
         else:
             name = ".".join(map(str, path[at + 2 :]))
             found.setdefault(path[:at], {}).setdefault(path[at + 1], {})[name] = key
-    states = []
-    for prefix, fields in found.items():
-        node = content_at(layout, prefix)
-        if node is not None and "param_groups" not in texts_of(node):
-            continue  # the state of something else, such as a callback
-        rest = tuple(key for key, path in loose.items() if path[: len(prefix)] == prefix and prefix)
-        groups, names = _groups(node)
-        states.append(OptimizerState(prefix, fields, groups, names, _numbers(node), rest))
-    return tuple(states)
+    if len(found) > MAX_STATES:
+        raise CheckpointError(f"{layout.path} holds {len(found)} states of optimizers, at most {MAX_STATES} are read")
+    rest = _under(loose, found)
+    try:
+        states = [_read_state(layout, prefix, fields, rest.get(prefix, ())) for prefix, fields in found.items()]
+    except ValueError as error:
+        raise CheckpointError(f"{layout.path} does not have a usable optimizer state: {error}") from None
+    return tuple(state for state in states if state is not None)
+
+
+def _under(loose: Mapping[str, tuple[Owner, ...]], prefixes: Collection[tuple[Owner, ...]]) -> dict[Any, list[str]]:
+    under: dict[Any, list[str]] = {}
+    for key, path in loose.items():
+        for length in range(1, len(path) + 1):
+            if path[:length] in prefixes:
+                under.setdefault(path[:length], []).append(key)
+    return under
+
+
+def _read_state(
+    layout: Layout, prefix: tuple[Owner, ...], fields: Mapping[Owner, Mapping[str, str]], rest: Sequence[str]
+) -> OptimizerState | None:
+    node = content_at(layout, prefix)
+    if node is not None and "param_groups" not in texts_of(node):
+        return None  # the state of something else, such as a callback
+    groups, names = _groups(node)
+    return OptimizerState(prefix, fields, groups, names, _numbers(node), tuple(rest))
 
 
 def content_at(layout: Layout, path: Sequence[Owner]) -> Any:

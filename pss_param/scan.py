@@ -2,21 +2,19 @@
 r"""Which matrices of a checkpoint stand out, and whether that is damage."""
 
 # Note [What counts as damage]
-# A low stable rank alone is no illness: single matrices of healthy networks reach 1.5. Three findings count:
+# A low stable rank alone is no illness: single matrices of healthy networks reach 1.5. Four findings count:
 #
 # 1. NaN or infinity anywhere in the floating-point tensors.
-# 2. *Collapse of the network*: the median stable rank over all scanned matrices with both sides of at least
-# 32 is
+# 2. *Collapse of the network*: the median stable rank over all scanned matrices with both sides of at least 32 is
 #    below 3. A single low one does not move a median.
-# 3. *Outlier of its role*: among at least four matrices of the same role and shape in other layers, one has
-# at most
+# 3. *Outlier of its role*: among at least four matrices of the same role and shape in other layers, one has at most
 #    half the median stable rank, at least twice the median spectral norm, and both lie more than five robust
-#    standard deviations from the median, on a logarithmic scale. Either alone is marked in the table, not
-# counted.
+#    standard deviations from the median, on a logarithmic scale. Either alone is marked in the table, not counted.
+# 4. *Fall against a healthy checkpoint*, where one is given: the median over all targets of the ratio of stable ranks
+#    is below ``drifted_below``. A collapse that struck all layers alike shows in no other way.
 #
-# The robust standard deviation is 1.4826 times the median absolute deviation from the median of the *other*
-# layers, and at least log(1.1), because the layers of a fresh network are so alike that any difference would
-# be many sigmas.
+# The robust standard deviation is 1.4826 times the median absolute deviation from the median of the *other* layers,
+# and at least log(1.1), because the layers of a fresh network are so alike that any difference would be many sigmas.
 
 import json
 import math
@@ -30,6 +28,7 @@ import torch
 
 from pss_param.checkpoint import Layout, open_checkpoint
 from pss_param.drift import measure_drift
+from pss_param.errors import NonFiniteError
 from pss_param.finite import count_nonfinite
 from pss_param.optimizer_edit import OptimizerEditor
 from pss_param.options import Progress, ProgressHook, RepairOptions, pick_device
@@ -156,16 +155,23 @@ def scan_checkpoint(
             if count := count_nonfinite(layout.blocks(name)):
                 nonfinite[name] = count
             elif name in plan.targets:
-                rows += measure_matrices(layout, plan.targets[name], device)
+                rows += _measured(layout, plan.targets[name], device)
                 if reference.present:
                     drift.append(_drift(layout, plan.targets[name], reference, device))
             done += stored.nbytes
         nonfinite |= OptimizerEditor(layout, "keep").nonfinite()
         compared = compare_layers(rows)
         level = _median_rank(compared)
-        findings = tuple(_findings(compared, nonfinite, level))
+        findings = (*_findings(compared, nonfinite, level), *_falls(drift, options.drifted_below))
         parts = (compared, plan.skipped, nonfinite, level, findings, tuple(drift))
         return ScanReport(str(path), layout.format, *parts)
+
+
+def _measured(layout: Layout, target: Target, device: torch.device) -> list[ScanRow]:
+    try:
+        return measure_matrices(layout, target, device)
+    except NonFiniteError as error:  # its elements are finite, its norm is not
+        raise NonFiniteError(f"{layout.path}: {target.name}: {error}") from None
 
 
 def _drift(layout: Layout, target: Target, reference: HealthySource, device: torch.device) -> TensorDrift:
@@ -257,3 +263,11 @@ def _findings(rows: Sequence[ScanRow], nonfinite: Mapping[str, int], level: floa
         yield f"the median stable rank is {level:.2f}, below {COLLAPSED:g}: the whole network has collapsed"
     if outliers := [row.name for row in rows if row.damaged]:
         yield f"{len(outliers)} matrices stand out from their peers in both measures, first {outliers[0]}"
+
+
+def _falls(drift: Sequence[TensorDrift], below: float) -> Iterable[str]:
+    if not drift:
+        return
+    ratio = median(row.worst.ratio for row in drift)
+    if ratio < below:
+        yield f"the median stable rank is {ratio:.2f} x the healthy checkpoint's, below {below:g}"

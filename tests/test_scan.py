@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pss_param.options import RepairOptions
 from pss_param.scan import ScanRow, compare_layers, scan_checkpoint
 
 
@@ -89,3 +90,17 @@ def test_zero_matrices_do_not_break_the_statistics(tmp_path):
     report = scan_checkpoint(path)
     assert all(math.isfinite(row.spectral_norm) for row in report.rows)
     assert report.to_json()
+
+
+def test_a_fall_of_all_layers_alike_shows_only_against_a_healthy_checkpoint(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    good = {f"layers.{i}.mlp.up_proj.weight": torch.randn(64, 48, generator=generator) for i in range(6)}
+    spike = torch.outer(torch.randn(64, generator=generator), torch.randn(48, generator=generator))
+    save_file(good, tmp_path / "good.safetensors")
+    save_file({name: weight + 0.6 * spike for name, weight in good.items()}, tmp_path / "bad.safetensors")
+    assert not scan_checkpoint(tmp_path / "bad.safetensors").damaged
+    report = scan_checkpoint(tmp_path / "bad.safetensors", RepairOptions(reference=tmp_path / "good.safetensors"))
+    assert report.damaged
+    assert "healthy checkpoint's" in report.findings[0]
+    same = RepairOptions(reference=tmp_path / "good.safetensors")
+    assert not scan_checkpoint(tmp_path / "good.safetensors", same).damaged

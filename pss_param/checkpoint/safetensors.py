@@ -26,6 +26,10 @@ MAX_HEADER = 100_000_000
 MAX_DIMENSIONS = 64
 """More than torch can work with; it also keeps the product of hostile sizes short."""
 
+DENSE = 16
+"""Bytes of JSON for each list or object, at least, in a large header; every tensor needs 18. Empty lists take memory
+of twenty times their text."""
+
 LFS_POINTER = b"version https://git-lfs"
 
 _BITS: dict[str, tuple[int, torch.dtype | None]] = {
@@ -197,9 +201,24 @@ def parse_header(text: bytes, buffer: int) -> Header:
     return Header(entries, metadata, 8 + len(text))
 
 
+def check_dense(text: bytes) -> None:
+    r"""Refuse JSON of many megabytes that consists of brackets.
+
+    Args:
+        text: the JSON.
+
+    Raises:
+        ValueError: it holds more lists and objects than names and numbers.
+    """
+    brackets = text.count(b"[") + text.count(b"{") if len(text) > 4 << 20 else 0
+    if brackets * DENSE > len(text):
+        raise ValueError(f"it holds {brackets} lists and objects in {len(text)} bytes, which no such file has")
+
+
 def _load_json(text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object; this is some other kind of file")
+    check_dense(text)
     try:
         # The format is UTF-8; json alone would also guess UTF-16 and UTF-32.
         table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)

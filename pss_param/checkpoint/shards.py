@@ -13,6 +13,7 @@ from typing import Any
 from pss_param.errors import CheckpointError
 
 from .layout import StoredTensor
+from .safetensors import check_dense
 
 MAX_INDEX = 100_000_000
 """Bytes; that of a model of a million tensors."""
@@ -55,6 +56,7 @@ def parse_index(text: bytes) -> dict[str, str]:
         Traceback (most recent call last):
         ValueError: 'w' is said to be in '../outside.safetensors', which is no bare file name
     """
+    check_dense(text)
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError:

@@ -15,6 +15,9 @@ from .safetensors import SafetensorsLayout
 from .start import is_torch_zip, refuse_pickle
 from .torch_zip import TorchZipLayout
 
+MAX_CONFIG = 4 << 20
+"""Bytes of a ``config.json``."""
+
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Layout:
     r"""Recognise a checkpoint.
@@ -72,6 +75,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_CONFIG:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, a config has a few thousand; move it away")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
