@@ -5,7 +5,6 @@ Every message is one sentence or two: the rule that was broken, the value that b
 The command line prints the message as one line and exits with 1; it never shows a traceback for these.
 """
 
-
 LONGEST = 2000
 """Characters of a message; names that come from a file may have any length."""
 
@@ -27,12 +26,13 @@ class PssError(Exception):
         rank must be at least 0, got -1; pass rank=None for floor(stable rank)
     """
 
-    def __init__(self, message: object = "") -> None:
-        """See the class."""
-        text = str(message)
+    # Not in __init__: the compiler traces through a plain exception's constructor, not through one of our own.
+    def __str__(self) -> str:
+        """The message, fit for one line of a terminal."""
+        text = super().__str__()
         if len(text) > LONGEST:
             text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 4 :]}"
-        super().__init__("".join(map(_shown, text)))
+        return "".join(map(_shown, text))
 
 
 def _shown(character: str) -> str:

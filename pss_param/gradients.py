@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from pss_param.errors import StateError
+from pss_param.policy import GuardPolicy
 from pss_param.sharded import is_sharded, whole_norm
 
-__all__ = ["clear_nonfinite", "drop_gradients", "gradient_norm", "scale_gradients"]
+__all__ = ["clear_nonfinite", "drop_gradients", "gradient_norm", "scale_gradients", "treat_gradient"]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -89,3 +90,26 @@ def drop_gradients(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def treat_gradient(model: nn.Module, policy: GuardPolicy, norm: float, limit: float) -> bool:
+    r"""Do to a gradient that has triggered what the policy says.
+
+    Args:
+        model: The model whose parameters hold the gradient.
+        policy: Says what.
+        norm: Its global norm as it was judged.
+        limit: The norm that would just have triggered.
+
+    Returns:
+        Whether the gradient was dropped.
+    """
+    if policy.on_trigger == "smooth_and_skip":
+        drop_gradients(model)
+        return True
+    if policy.on_trigger == "smooth_and_clip" and norm > limit:
+        # What was judged may be from before a clipping of the user's own: clip what is there now.
+        present = float(gradient_norm(model))
+        if present > limit:
+            scale_gradients(model, limit / present)
+    return False

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pss_param.compiled import anything_compiled
 from pss_param.detector import Detector, Matrix, Verdict
 from pss_param.errors import ArgumentError, NonFiniteError, StateError
 from pss_param.event import Event
-from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, scale_gradients
+from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
+from pss_param.opening import open_views
 from pss_param.policy import GuardPolicy
 from pss_param.reading import Reading
 from pss_param.removal import detach, is_in_place, view_at
-from pss_param.resharding import ThinSaving, reshard, resting_mesh
+from pss_param.resharding import reshard
 from pss_param.sharded import ShardedMatrix, is_sharded
 from pss_param.slot import Slot
 from pss_param.view import SmoothingView, refuse_inside_backward
@@ -372,43 +372,11 @@ class Guard:
             verdict.ratio,
             verdict.reason,
             names,
-            skip=self._treat_gradient(norm, verdict),
+            skip=treat_gradient(self.model, self.policy, norm, verdict.limit),
         )
 
-    def _treat_gradient(self, norm: float, verdict: Verdict) -> bool:
-        if self.policy.on_trigger == "smooth_and_skip":
-            drop_gradients(self.model)
-            return True
-        if self.policy.on_trigger == "smooth_and_clip" and norm > verdict.limit:
-            # What the user measured may be from before a clipping of their own: clip what is there now.
-            present = float(gradient_norm(self.model))
-            if present > verdict.limit:
-                scale_gradients(self.model, verdict.limit / present)
-        return False
-
     def _open(self, views: Sequence[SmoothingView]) -> None:
-        reshard(self.model)
-        for view in views:
-            view.open()
-            slot = self._slots[view.label][0]
-            view.resting = resting_mesh(self.model, slot.module, slot.weight)
-        self._prepare(views)
-
-    def _prepare(self, views: Sequence[SmoothingView]) -> None:
-        eager = self.policy.prepare == "eager" or (self.policy.prepare == "auto" and anything_compiled(self.model))
-        if not eager:
-            for view in views:
-                if view.resting is not None:
-                    view.thin = ThinSaving(view, self._slots[view.label][0].module)
-            return
-        for name, view in self.views.items():
-            if view.is_open and view in views:
-                view.prepare(self._slots[name][0].weight)
-        # One rank for all views, a power of two that only grows: every change is a new graph.
-        ranks = [pair.right.shape[-2] for view in views for pair in view.factors or ()]
-        self._padded_rank = max(self._padded_rank, 1 << (max(ranks, default=1) - 1).bit_length())
-        for view in views:
-            view.pad_factors(self._padded_rank)
+        self._padded_rank = open_views(self.model, self._slots, views, self.policy, self._padded_rank)
 
     def _tell(self, event: Event) -> Event:
         if event.triggered or event.skip:

@@ -129,9 +129,9 @@ def find_optimizers(layout: Layout) -> tuple[OptimizerState, ...]:
             found.setdefault(path[:at], {}).setdefault(path[at + 1], {})[name] = key
     if len(found) > MAX_STATES:
         raise CheckpointError(f"{layout.path} holds {len(found)} states of optimizers, at most {MAX_STATES} are read")
-    rest = _under(loose, found)
+    under = _under(loose, found)
     try:
-        states = [_read_state(layout, prefix, fields, rest.get(prefix, ())) for prefix, fields in found.items()]
+        states = [_read_state(layout, prefix, fields, under.get(prefix, ())) for prefix, fields in found.items()]
     except ValueError as error:
         raise CheckpointError(f"{layout.path} does not have a usable optimizer state: {error}") from None
     return tuple(state for state in states if state is not None)
@@ -231,7 +231,7 @@ def owners_by_name(state: OptimizerState, layout: Layout, order: ParamOrder | No
             seen = layout.state[key].shape
             if order.checked and moment in {"exp_avg", "exp_avg_sq", "momentum_buffer"} and seen != shape:
                 raise CheckpointError(
-                    f"{layout.path}: {state.label}: parameter {number} should be {name} {shape} after {order.origin}, but its "
-                    f"{moment} has the shape {seen}; pass --param-order (made by pss_param.write_param_order)"
+                    f"{layout.path}: {state.label}: parameter {number} should be {name} {shape} after {order.origin}, "
+                    f"but its {moment} has the shape {seen}; pass --param-order (made by pss_param.write_param_order)"
                 )
     return {plain_name(name): number for number, name in zip(numbers, order.names, strict=True)}

@@ -330,4 +330,4 @@ def frobenius_norm(W: Tensor) -> Tensor:
         raise NonFiniteError(_NOT_FINITE)
     safe = torch.where(peak > 0, peak, torch.ones_like(peak))
     relative = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2))
-    return relative * peak[:, 0, 0].double()
+    return torch.mul(relative, peak[:, 0, 0].double())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damage to pickles by their opcodes: payloads that leave a mark when they run, huge numbers, deep nests, cycles."""
 
+import contextlib
 import pickletools
 import struct
 from random import Random
@@ -31,15 +32,16 @@ PAYLOADS = (
     _stack_call("builtins", "exec", _CODE),
     f"(V{_SHELL}\nios\nsystem\n".encode(),
     f"(cos\nsystem\nV{_SHELL}\no".encode(),
-    f"cbuiltins\neval\nV{_CODE}\n\x85\x81".encode("latin-1"),
-    f"cpathlib\nPath\nV{MARKER}\n\x85R}}V__setstate__\ncbuiltins\nexec\nsb".encode("latin-1"),
-    f"cbuiltins\ngetattr\n(cos\nVsystem\ntR(V{_SHELL}\ntR".encode(),
+    f"cbuiltins\nfrozenset\n(cbuiltins\nmap\n(cbuiltins\neval\n(V{_CODE}\nlt\x81t\x81".encode("latin-1"),
+    f"cfunctools\npartial\n(cbuiltins\nexec\ntR(V{_CODE}\ntR".encode(),
+    f"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(Vos\ntRVsystem\ntR(V{_SHELL}\ntR".encode(),
 )
 """Programs that push one value; CPython's unpickler would run every one of them."""
 
 OBJECTS = (
     b"N", b"\x88", b"}", b"]", b")", b"K\x01", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8a\x00",
-    b"\x8b\xff\xff\xff\x7f", b"\x8b\x00\x10\x00\x00" + b"\x7f" * 4096, b"G\x7f\xf8\0\0\0\0\0\0", b"G\x7f\xf0\0\0\0\0\0\0",
+    b"\x8b\xff\xff\xff\x7f", b"\x8b\x00\x10\x00\x00" + b"\x7f" * 4096,
+    b"G\x7f\xf8" + b"\0" * 6, b"G\x7f\xf0" + b"\0" * 6,
     b"X\xff\xff\xff\xff", b"X\x03\0\0\0\xed\xa0\x80", b"X\x01\0\0\0\n", b"X\x10\x27\0\0" + b"x" * 10_000,
     b"\x8d" + b"\xff" * 8, b"I" + b"9" * 5000 + b"\n", b"L" + b"9" * 300 + b"L\n", b"I-1\n", b"F1e999\n",
     b"]q\xfe" + b"h\xfea", b"}q\xfd" + b"h\xfdh\xfds", b"(" * 10_000, b")" + b"\x85" * 10_000, b"]" * 10_000,
@@ -54,10 +56,8 @@ OBJECTS = (
 def split(data: bytes) -> list[bytes]:
     """Cut a pickle into its opcodes; what cannot be read is one piece at the end."""
     begins: list[int] = []
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         begins.extend(at for _, _, at in pickletools.genops(data) if at is not None)
-    except (ValueError, IndexError):
-        pass
     if not begins:
         return []
     return [data[at:end] for at, end in zip(begins, [*begins[1:], len(data)], strict=True)]

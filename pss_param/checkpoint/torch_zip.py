@@ -21,7 +21,6 @@ from .torch_content import TensorPath, find_tensors, find_weights, is_lightning
 from .torch_tensors import Opaque, View, tensor_of
 from .transfer import read_exact
 
-
 _LONGEST_KEY = 500
 """Characters of a key that the names of tensors show."""
 

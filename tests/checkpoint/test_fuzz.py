@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fuzz_pickles import MARKER, PAYLOADS
 from fuzz_seeds import make_seeds
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -118,3 +119,12 @@ def test_replay(seeds):
     text = Worker(seeds, fuzz_case, 1, 1, 600).output()
     print(text)
     assert "BAD" not in text
+
+
+def test_payloads_would_run_under_the_ordinary_unpickler(tmp_path, monkeypatch):
+    # Else the cases above would prove nothing.
+    monkeypatch.chdir(tmp_path)
+    for payload in PAYLOADS:
+        pickle.loads(b"\x80\2" + payload + b".")
+        assert Path(MARKER).exists(), payload
+        Path(MARKER).unlink()

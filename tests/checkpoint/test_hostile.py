@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are small and well formed but would keep a careless reader busy for hours, or fill the memory."""
 
+import contextlib
 import json
 import pickle
 import struct
 import tempfile
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,11 +71,12 @@ def file_of(tmp_path, pickled):
 SMALL = b"}(" + many(3000, tensor()) + b"u"
 SHARED = {
     "one table under many keys": b"\x80\2}(" + text("t") + SMALL + b"q\1" + many(20_000, b"h\1") + b"u.",
-    "filled after it was used": b"\x80\2}q\0(" + text("t") + b"}q\1" + many(20_000, b"h\1") + b"uh\1(" + many(3000, b"K\1") + b"u0.",
+    "filled after it was used": b"\x80\2}q\0(" + text("t") + b"}q\1" + many(20_000, b"h\1") + b"uh\1("
+    + many(3000, b"K\1") + b"u0.",
     "in a slot used again": b"\x80\2}(" + text("t") + SMALL + b"q\1" + many(20_000, b"h\1") + text("z") + b"Nq\1u.",
     "doubled on the stack": b"\x80\2}(" + text("t") + SMALL + b"2" * 20_000 + b"l.",
-    "as the arguments of an object": b"\x80\2}(" + text("t") + b"ccollections\nOrderedDict\n(](" + b"]" * 3000 + b"etRq\1"
-    + many(20_000, b"h\1") + b"u.",
+    "as the arguments of an object": b"\x80\2}(" + text("t") + b"ccollections\nOrderedDict\n(](" + b"]" * 3000
+    + b"etRq\1" + many(20_000, b"h\1") + b"u.",
 }  # fmt: skip
 
 
@@ -116,7 +119,9 @@ def nothing_to_scan(path):
 def test_names_that_collide_are_numbered_without_trying_all(tmp_path):
     # Keys of one megabyte in common are cut off to the same name.
     rows = b"".join(text("k" * 600 + f"{i}") + tensor() for i in range(3000))
-    content = b"\x80\2}(" + text("state_dict") + b"}" + text(UP) + tensor() + b"s" + text("rest") + b"}(" + rows + b"uu."
+    content = (
+        b"\x80\2}(" + text("state_dict") + b"}" + text(UP) + tensor() + b"s" + text("rest") + b"}(" + rows + b"uu."
+    )
     start = time.monotonic()
     nothing_to_scan(file_of(tmp_path, content))
     assert time.monotonic() - start < 10
@@ -161,7 +166,7 @@ def test_finite_values_whose_norm_exceeds_the_type_are_measured_in_a_wider_one(t
     done = repair_checkpoint(tmp_path / "x.safetensors")
     assert json.loads(done.to_json())
     save_file({UP: tensors[UP].double() * 5.9e269}, tmp_path / "y.safetensors")
-    with pytest.raises(NonFiniteError, match="y.safetensors"):
+    with pytest.raises(NonFiniteError, match=r"y\.safetensors: model"):
         repair_checkpoint(tmp_path / "y.safetensors")
 
 
@@ -224,14 +229,12 @@ def test_any_index_stays_in_its_folder(content):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from([*PAYLOADS, *OBJECTS]), max_size=8), st.randoms(use_true_random=False))
-def test_any_program_is_read_or_refused_and_never_runs(tmp_path_factory, steps, chance):
+def test_any_program_is_read_or_refused_and_never_runs(steps, chance):
     program = damage_pickle(b"\x80\2}(" + b"".join(steps) + b"u" * chance.randrange(2) + b".", chance)
     for read in (read_pickle, read_metadata):
-        try:
+        with contextlib.suppress(ValueError):
             read(program)
-        except ValueError as error:
-            assert str(error)
-    assert not (tmp_path_factory.getbasetemp() / MARKER).exists()
+    assert not Path(MARKER).exists()
 
 
 @settings(max_examples=200, deadline=None)
@@ -260,5 +263,7 @@ def test_an_optimizer_state_that_contradicts_itself_is_refused(tmp_path):
 
 def test_thousands_of_optimizers_are_refused(tmp_path):
     state = b"}" + text("state") + b"}K\0}" + text("x") + tensor() + b"sss"
-    content = b"\x80\2}(" + text("state_dict") + b"}" + text(UP) + MATRIX + b"s" + text("o") + b"](" + state * 2000 + b"eu."
+    content = (
+        b"\x80\2}(" + text("state_dict") + b"}" + text(UP) + MATRIX + b"s" + text("o") + b"](" + state * 2000 + b"eu."
+    )
     refused_soon(file_of(tmp_path, content), "2000 states of optimizers")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Opening the gates of views, and what has to exist before their next read."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from pss_param.compiled import anything_compiled
+from pss_param.policy import GuardPolicy
+from pss_param.resharding import ThinSaving, reshard, resting_mesh
+from pss_param.slot import Slot
+from pss_param.view import SmoothingView
+
+__all__ = ["open_views"]
+
+
+def open_views(
+    model: nn.Module,
+    slots: Mapping[str, list[Slot]],
+    views: Sequence[SmoothingView],
+    policy: GuardPolicy,
+    padded_rank: int,
+) -> int:
+    r"""Open gates; compute directions now if compiled programs need them, else leave that to the next read.
+
+    Args:
+        model: The guarded model.
+        slots: Where each view sits, by its label.
+        views: Those to open.
+        policy: Says when directions are computed.
+        padded_rank: The rank that prepared factors had so far.
+
+    Returns:
+        The rank they have now: one for all views, a power of two that only grows, since every change is a new graph.
+    """
+    reshard(model)
+    for view in views:
+        view.open()
+        slot = slots[view.label][0]
+        view.resting = resting_mesh(model, slot.module, slot.weight)
+    if policy.prepare == "lazy" or (policy.prepare == "auto" and not anything_compiled(model)):
+        for view in views:
+            if view.resting is not None:
+                view.thin = ThinSaving(view, slots[view.label][0].module)
+        return padded_rank
+    for view in views:
+        view.prepare(slots[view.label][0].weight)
+    ranks = [pair.right.shape[-2] for view in views for pair in view.factors or ()]
+    padded_rank = max(padded_rank, 1 << (max(ranks, default=1) - 1).bit_length())
+    for view in views:
+        view.pad_factors(padded_rank)
+    return padded_rank
