@@ -79,6 +79,7 @@ def resting_mesh(model: nn.Module, module: nn.Module, weight: Tensor) -> Any:
 class _Recipe(NamedTuple):
     """How backward gets a saved weight again."""
 
+    view: "SmoothingView"
     weight: Tensor
     factors: "tuple[Factors, ...]"
     opening: int
@@ -115,7 +116,8 @@ class ThinSaving:
             shown: What the open view returns.
             weight: The stored weight that it was made from.
         """
-        shown._pss_source = weight  # type: ignore[attr-defined]
+        # With its view: attention reads its output projection's weight inside its own forward.
+        shown._pss_source = self._view, weight  # type: ignore[attr-defined]
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
         context = None
@@ -131,13 +133,14 @@ class ThinSaving:
 
     def _pack(self, saved: Tensor) -> "Tensor | _Recipe":
         shown = saved if saved._base is None else saved._base
-        weight, factors = getattr(shown, "_pss_source", None), self._view.factors
-        if weight is None or factors is None or (is_sharded(saved) and saved is not shown and saved.dim() != 2):
+        view, weight = getattr(shown, "_pss_source", (self._view, None))
+        if weight is None or view.factors is None or (is_sharded(saved) and saved is not shown and saved.dim() != 2):
             return saved
         return _Recipe(
+            view,
             weight,
-            factors,
-            self._view.openings,
+            view.factors,
+            view.openings,
             saved.shape,
             saved.stride(),
             0 if is_sharded(saved) else saved.storage_offset(),
@@ -149,8 +152,8 @@ class ThinSaving:
         with torch.no_grad():
             weight = kept.weight.detach()
             # After a fold FSDP2 gathers what the view showed.
-            folded = self._view.openings != kept.opening
-            shown = weight if folded else self._view.apply_factors(weight, kept.factors)
+            folded = kept.view.openings != kept.opening
+            shown = weight if folded else kept.view.apply_factors(weight, kept.factors)
             if not is_sharded(shown):
                 return shown.as_strided(kept.size, kept.stride, kept.offset)
             return shown if shown.shape == kept.size and shown.stride() == kept.stride else shown.mT
