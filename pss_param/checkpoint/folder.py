@@ -76,7 +76,12 @@ class FolderLayout(Layout):
                 tensors = check_index(self.path / group.index, read_index(self.files[group.index]), shards)
             else:
                 (tensors,) = (dict(shard) for shard in shards.values())
-            found.update({group.prefix + name: _renamed(stored, group.prefix) for name, stored in tensors.items()})
+            named = {group.prefix + name: _renamed(stored, group.prefix) for name, stored in tensors.items()}
+            if both := found.keys() & named.keys():
+                raise CheckpointError(
+                    f"{self.path} holds two tensors that would both be called {min(both)}; name the file of one model"
+                )
+            found.update(named)
         self._parse_optimizers()
         return found
 

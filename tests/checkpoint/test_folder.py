@@ -245,6 +245,16 @@ def test_several_models_of_accelerate_have_names_of_their_own(tmp_path):
     assert len(report.changed) == 2
 
 
+def test_names_that_two_models_of_a_folder_would_share_are_refused(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    save_file({"model_1." + NAME.format(0): sick(0)}, folder / "model.safetensors")
+    save_file({NAME.format(0): sick(1)}, folder / "model_1.safetensors")
+    (folder / "random_states_0.pkl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="both be called"), open_checkpoint(folder):
+        pass
+
+
 def test_more_shards_than_files_may_be_open(tmp_path):
     write_shards(tmp_path / "m", 80)
     report = repair_checkpoint(tmp_path / "m")
