@@ -13,6 +13,7 @@ from torch_files import TinyTransformer, changed_bytes, check_zip_tools, make_si
 from pss_param.checkpoint import open_checkpoint
 from pss_param.checkpoint.torch_zip import parse_torch_zip, read_torch_file
 from pss_param.errors import CheckpointError, NonFiniteError
+from pss_param.options import RepairOptions
 from pss_param.repair import repair_checkpoint
 from pss_param.spectrum import stable_rank
 
@@ -211,7 +212,8 @@ def test_one_file_for_others_to_use(tmp_path):
 
 
 @pytest.mark.parametrize("namespace", [True, False])
-def test_lightning_resumes_after_the_repair(tmp_path, namespace):
+@pytest.mark.parametrize("optimizer", ["keep", "reset"])
+def test_lightning_resumes_after_the_repair(tmp_path, namespace, optimizer):
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
@@ -241,18 +243,24 @@ def test_lightning_resumes_after_the_repair(tmp_path, namespace):
     path, first = tmp_path / "last.ckpt", trainer(1)
     first.fit(Module())
     first.save_checkpoint(path)
-    report, output = repaired(path)
+    report, output = repaired(path, options=RepairOptions(optimizer=optimizer))
     assert report.format == "lightning"
     assert "model." + UP in report.changed
     old, new = (torch.load(p, weights_only=False) for p in (path, output))
     assert list(new) == list(old)
+    names = [name for name, _ in Module().named_parameters()]
+    reset = {number for number, name in enumerate(names) if name in report.changed and optimizer == "reset"}
+    assert bool(reset) == (optimizer == "reset")
     for number, moments in old["optimizer_states"][0]["state"].items():
-        assert all(torch.equal(new["optimizer_states"][0]["state"][number][k], v) for k, v in moments.items())
+        for key, value in moments.items():
+            expected = torch.zeros_like(value) if number in reset else value
+            assert torch.equal(new["optimizer_states"][0]["state"][number][key], expected)
     second, module = trainer(2), Module()
     second.fit(module, ckpt_path=output, weights_only=False)
     assert second.global_step == 4
     assert second.current_epoch == 2
-    assert second.optimizers[0].state_dict()["state"][0]["step"] == 4
+    steps = {number: int(state["step"]) for number, state in second.optimizers[0].state_dict()["state"].items()}
+    assert steps == {number: 2 if number in reset else 4 for number in steps}
 
 
 class Payload:
