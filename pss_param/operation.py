@@ -34,6 +34,7 @@ class Job:
         where: name of the source, for messages.
         progress: told of every tensor.
         optimizers: knows the master copies of weights, where the source has an optimizer's state.
+        counts: NaN and infinite elements by name, of the tensors that somebody has counted already.
     """
 
     source: TensorSource
@@ -42,6 +43,7 @@ class Job:
     where: str
     progress: ProgressHook | None = None
     optimizers: OptimizerEditor | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def tell(self, stage: Stage, name: str, done: int, total: int) -> None:
         r"""Pass a step on.
@@ -166,7 +168,10 @@ class _Pass:
 
     def _visit(self, name: str) -> None:
         target = next((n for n in self.job.aliases(name) if n in self.job.plan.targets), None)
-        if count := count_nonfinite(self.job.source.blocks(name)):
+        count = self.job.counts.get(name)
+        if count is None:
+            count = count_nonfinite(self.job.source.blocks(name))
+        if count:
             if self.job.options.nonfinite == "reference":
                 self._restore(name, count)
             else:

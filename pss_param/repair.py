@@ -132,9 +132,9 @@ def _write(
         StagedFile(report_path(destination), force=True) as beside,
     ):
         total = sum(layout.stat(file).st_size for file in layout.files)
-        editor.copy(job.counter("copy", total))
+        job = replace(job, counts=editor.copy(job.counter("copy", total), job.options.verify))
         report = make_report(_with_optimizer(job, optimizers, editor.write))
-        editor.finish(job.options.verify, job.counter("verify", total))
+        editor.finish(job.options.verify, job.counter("verify", editor.edited_bytes))
         write_all(beside.fd, 0, report.to_json().encode())
         editor.check_free()
         # The report first: no repaired checkpoint is ever seen without one.

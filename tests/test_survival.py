@@ -190,10 +190,10 @@ def test_control_c(tmp_path, kind):
     source = make(tmp_path, kind)
     names = sorted(os.listdir(tmp_path))
     slow = (
-        "import sys, time\nfrom pss_param.checkpoint import edit\nfrom pss_param.cli import main\n"
-        "real = edit.copy_range\n"
-        "def slow(*args):\n    for step in real(*args):\n        time.sleep(20)\n        yield step\n"
-        "edit.copy_range = slow\nmain(sys.argv[1:])\n"
+        "import sys, time\nfrom pss_param.checkpoint import streaming\nfrom pss_param.cli import main\n"
+        "real = streaming.write_all\n"
+        "def slow(*args):\n    real(*args)\n    time.sleep(20)\n"
+        "streaming.write_all = slow\nmain(sys.argv[1:])\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow, str(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -232,3 +232,24 @@ def test_the_check_finds_what_the_disk_changed(tmp_path, monkeypatch, where):
     report = repair_checkpoint(source, options=RepairOptions(exclude=("model.layers.5.*",), verify=False))
     found = verify_checkpoint(report.output, source)
     assert len(found.problems) >= 1
+
+
+def test_the_look_in_passing_sees_what_a_look_of_its_own_sees(tmp_path):
+    from pss_param.checkpoint import open_checkpoint
+    from pss_param.checkpoint.streaming import Streamer, pieces
+    from pss_param.finite import count_nonfinite
+
+    tensors = {f"t{i}": torch.randn(3 + i, 70_000) for i in range(4)} | {"half": torch.ones(5, dtype=torch.float16)}
+    tensors["t2"][1, 5], tensors["t2"][4, -1], tensors["half"][0] = float("nan"), float("inf"), -float("inf")
+    save_file(tensors | {"ids": torch.arange(9)}, tmp_path / "x.safetensors")
+    with open_checkpoint(tmp_path / "x.safetensors") as layout, (tmp_path / "copy").open("w+b") as copy:
+        spans = [(piece.begin, piece.end) for piece in pieces(layout, "x.safetensors")]
+        assert spans[0][0] == 0
+        assert [end for _, end in spans[:-1]] == [begin for begin, _ in spans[1:]]
+        steps = []
+        streamer = Streamer(layout, True, steps.append)
+        assert streamer.copy("x.safetensors", copy.fileno()) is None
+        assert sum(steps) == spans[-1][1] == (tmp_path / "x.safetensors").stat().st_size
+        assert streamer.counts == {name: count_nonfinite(layout.blocks(name)) for name in tensors}
+        assert (streamer.counts["t2"], streamer.counts["half"]) == (2, 1)
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "x.safetensors").read_bytes()

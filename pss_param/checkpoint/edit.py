@@ -3,7 +3,7 @@ r"""A changed copy of a checkpoint: copy all bytes, patch some tensors, finish, 
 
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,11 +13,9 @@ from pss_param.errors import CheckpointError
 
 from .layout import Layout, load, store
 from .staged import StagedFolder, check_apart
-from .transfer import LOOK, copy_range, read_into, tensor_bytes
+from .streaming import Advance, Streamer
+from .transfer import LOOK, read_into, tensor_bytes
 from .write import StagedFile, check_not_source, no_space
-
-Advance = Callable[[int], None]
-"""Called with a number of bytes that are done."""
 
 
 class Editor:
@@ -54,21 +52,41 @@ class Editor:
     def _fd(self, file: str) -> int:
         return self._staged.fd(file) if isinstance(self._staged, StagedFolder) else self._staged.fd
 
-    def copy(self, advance: Advance) -> None:
+    def copy(self, advance: Advance, verify: bool = True) -> Mapping[str, int]:
         r"""Take the disk space and copy all files of the source.
 
         Args:
             advance: told of every step's bytes.
+            verify: whether to read every block again after it was written.
+
+        Returns:
+            Number of NaN and infinite elements by tensor name, of the tensors that could be counted in passing.
+
+        Raises:
+            CheckpointError: the disk is full, or does not give back what was written.
         """
         sizes = {file: self.layout.stat(file).st_size for file in self.layout.files}
         if isinstance(self._staged, StagedFolder):
             self._staged.reserve(sizes)
         else:
             self._staged.reserve(sum(sizes.values()))
+        streamer = Streamer(self.layout, verify, advance)
         with no_space(self._staged.destination.parent, sum(sizes.values())):
-            for file, size in sizes.items():
-                for step in copy_range(self.layout.fd(file), self._fd(file), 0, size):
-                    advance(step)
+            for file in sizes:
+                self._refuse_difference(file, streamer.copy(file, self._fd(file)))
+        return streamer.counts
+
+    @property
+    def edited_bytes(self) -> int:
+        r"""Size of the files that hold a changed tensor."""
+        return sum(self.layout.stat(file).st_size for file in self.patched)
+
+    def _refuse_difference(self, file: str, at: int | None) -> None:
+        if at is not None:
+            raise CheckpointError(
+                f"{self._staged.destination}: byte {at} of {file} in the copy differs from the source although "
+                "nothing was to change there; the disk or the memory is faulty, or something else wrote to it"
+            )
 
     def write(self, name: str, value: Tensor) -> None:
         r"""Replace one tensor in the copy.
@@ -106,16 +124,12 @@ class Editor:
         self._staged.flush()
 
     def _verify(self, advance: Advance) -> None:
-        for file in self.layout.files:
-            patches = self.patched.get(file, [])
-            patches = [*patches, *self.layout.mended(file, patches)] if patches else []
+        # Files without a patch were read again block by block as they were copied: Note [One look while it is at hand].
+        for file, patched in self.patched.items():
+            patches = [*patched, *self.layout.mended(file, patched)]
             size = self.layout.stat(file).st_size
-            at = first_difference(self.layout.fd(file), self._fd(file), untouched(size, patches), advance)
-            if at is not None:
-                raise CheckpointError(
-                    f"{self._staged.destination}: byte {at} of {file} in the copy differs from the source although "
-                    "nothing was to change there; the disk or the memory is faulty, or something else wrote to it"
-                )
+            spans = untouched(size, patches)
+            self._refuse_difference(file, first_difference(self.layout.fd(file), self._fd(file), spans, advance))
         for name, expected in self._sums.items():
             stored = self.layout.find(name)
             if _sum(load(stored, self._fd)) != expected:
