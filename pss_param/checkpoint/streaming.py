@@ -7,6 +7,7 @@ three passes over a file that may be larger than the page cache, and each waits 
 block while it is at hand: what a plain copy does not pay for is then only work of the processor.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ from pss_param.finite import count_nonfinite
 
 from .layout import Layout
 from .transfer import LOOK, read_into, tensor_from, write_all
+
+AHEAD = 32 << 20
+"""Bytes that the system is asked to fetch ahead, so that the disk works while the processor looks."""
 
 Advance = Callable[[int], None]
 """Called with a number of bytes that are done."""
@@ -71,6 +75,8 @@ class Streamer:
         return None
 
     def _block(self, file: str, fd: int, at: int, count: int, names: tuple[str, ...]) -> bool:
+        if at % (AHEAD // 4) < count and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.layout.fd(file), at, AHEAD, os.POSIX_FADV_WILLNEED)
         view = memoryview(self._buffer)[:count]
         read_into(self.layout.fd(file), at, view)
         write_all(fd, at, view)
