@@ -108,14 +108,10 @@ class Bench:
 
     def timed(self, guarded: bool, trigger: bool = False) -> tuple[float, float]:
         """Seconds of one step and of `guard.step` within it; a trigger is opened before and folded inside."""
-        if trigger:
-            views = list(self.guard.views.values())
-            for view in views:
-                view.open()
         self.wait()
         start = time.perf_counter()
         if trigger:
-            self.guard._prepare(views)  # what guard.step() does after opening, under compile only
+            self.guard._open(list(self.guard.views.values()))  # what guard.step() does when its detector fires
         norm = self.backward()
         inner = time.perf_counter()
         if guarded:
