@@ -122,9 +122,9 @@ def cli() -> None:
 
     CKPT is a file (.safetensors, .pt, .bin, Lightning .ckpt) or a folder (Hugging Face model or shards, Trainer
     checkpoint-N, accelerate state, distributed checkpoint). A copy is written beside it (x.repaired.safetensors,
-    folder-repaired) in which the dominant singular values of the weight matrices are brought down; everything
-    else is identical byte for byte. The input is never changed. A report beside the copy (*.pss.json) lists what
-    was done.
+    folder-repaired) in which the dominant singular values of the weight matrices are brought down; what
+    is not repaired is identical byte for byte. The input is never changed. A report beside the copy (*.pss.json)
+    lists what was done.
 
     \b
     pss-repair model.safetensors               repair with the defaults

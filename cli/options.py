@@ -8,7 +8,7 @@ import click
 import torch
 
 from pss_param.edges import EDGES
-from pss_param.options import WORDS
+from pss_param.options import WORDS, RepairOptions
 from pss_param.shapes import SHAPES
 from pss_param.smoothing import WHOLE_MATRIX_SHAPES
 from pss_param.targets import PRESETS
@@ -44,12 +44,15 @@ _SELECTION = (
 
 _SMOOTHING = (
     click.option(
-        "--smoothing", type=click.Choice([*SHAPES, *WHOLE_MATRIX_SHAPES]), default="clip", show_default=True,
-        help="How dominant singular values come down.",
+        "--strength", type=click.Choice(WORDS["strength"]), default=RepairOptions.strength, show_default=True,
+        help="gentle: what stands out in the blocks' matrices; deep: all matrices, norms and biases.",
     ),
     click.option(
-        "--edge", type=click.Choice(list(EDGES)), default="bulk", show_default=True,
-        help="The level they come down to.",
+        "--smoothing", type=click.Choice([*SHAPES, *WHOLE_MATRIX_SHAPES]),
+        help="How dominant singular values come down. [default: clip; equal if deep, to the edge init]",
+    ),
+    click.option(
+        "--edge", type=click.Choice(list(EDGES)), help="The level they come down to. [default: bulk; init if deep]",
     ),
     click.option("--rank", type=click.IntRange(min=1), help="How many, for --edge dominant."),
     click.option(

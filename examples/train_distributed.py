@@ -50,7 +50,7 @@ def train(rank: int, rendezvous: str, stack: str, guarded: bool, results: list[f
     for module in (*model.blocks, model) if stack == "fsdp" else ():
         fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
     wrapped = nn.parallel.DistributedDataParallel(model) if stack == "ddp" else model
-    guard = pss.attach(model, detector=pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5)))
+    guard = pss.attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     data = torch.tensor(list("".join(topics.values()).encode())).unfold(0, CONTEXT + 1, CONTEXT)
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))]

@@ -52,7 +52,7 @@ def main(guarded: bool = True, steps: int = 120, lr: float = 1e-2, accumulation:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if guarded:
-        guard = pss.attach(model, detector=pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5)))
+        guard = pss.attach(model)
         accelerator.register_for_checkpointing(guard)  # save_state() and load_state() take the guard along
 
     losses = []

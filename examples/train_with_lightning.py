@@ -11,7 +11,6 @@ import lightning
 import torch
 from torch import nn
 
-import pss_param as pss
 from pss_param.integrations.lightning import PSSCallback
 
 CONTEXT, WIDTH, LAYERS = 32, 32, 6
@@ -60,11 +59,10 @@ def main(guarded: bool = True, steps: int = 120, lr: float = 1e-2) -> float:
     """
     lightning.seed_everything(0, verbose=False)
     model = ByteTransformer(lr)
-    detector = pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5))
     trainer = lightning.Trainer(
         max_steps=steps,
         gradient_clip_val=1.0,
-        callbacks=[PSSCallback(detector=detector)] if guarded else [],
+        callbacks=[PSSCallback()] if guarded else [],
         default_root_dir=tempfile.mkdtemp(),
         enable_progress_bar=False,
         enable_model_summary=False,

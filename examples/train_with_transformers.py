@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, Trainer, TrainingArguments, set_seed
 
-import pss_param as pss
 from pss_param.integrations.transformers import PSSCallback
 
 CONTEXT = 32
@@ -44,7 +43,6 @@ def main(guarded: bool = True, steps: int = 125, folder: str | None = None) -> f
     shape = {"n_embd": 32, "n_layer": 6, "n_head": 4}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = OpenAIGPTConfig(vocab_size=256, n_positions=CONTEXT, afn="gelu", **shape, **dropout)
-    detector = pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5))
     trainer = Trainer(
         model=OpenAIGPTLMHeadModel(config),
         args=TrainingArguments(
@@ -60,7 +58,7 @@ def main(guarded: bool = True, steps: int = 125, folder: str | None = None) -> f
             use_cpu=True,
         ),
         train_dataset=Bytes(),
-        callbacks=[PSSCallback(detector=detector)] if guarded else [],
+        callbacks=[PSSCallback()] if guarded else [],
     )
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line][-1]

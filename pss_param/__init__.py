@@ -24,6 +24,7 @@ from pss_param.checkpoint.sniff import open_checkpoint
 from pss_param.compare import CompareReport, compare_checkpoints
 from pss_param.detector import AnyOf, Detector, GradientNormRatio, Verdict
 from pss_param.errors import ArgumentError, CheckpointError, NonFiniteError, PssError, StateError
+from pss_param.estimate import stable_rank_estimate
 from pss_param.event import Event
 from pss_param.export import export, plain_state_dict
 from pss_param.floor import StableRankFloor
@@ -101,6 +102,7 @@ __all__ = [
     "smooth",
     "spectral_norm",
     "stable_rank",
+    "stable_rank_estimate",
     "verify_checkpoint",
     "write_param_order",
 ]

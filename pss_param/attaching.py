@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from pss_param.detector import Detector, GradientNormRatio
+from pss_param.detector import AnyOf, Detector, GradientNormRatio
 from pss_param.errors import ArgumentError, StateError
+from pss_param.floor import StableRankFloor
 from pss_param.guard import Guard, detach
 from pss_param.policy import GuardPolicy
 from pss_param.slot import Slot, occupied_slots
@@ -37,12 +38,13 @@ def attach(
     The model stays what it is: parameters keep identity, order, names and bits, and its checkpoints are plain.
 
     Args:
-        model: The model, before or after its optimizer was made, before or after ``DistributedDataParallel`` or
-            ``fully_shard``, and after ``parallelize_module``.
+        model: The model, before or after its optimizer was made, before or after ``DistributedDataParallel``,
+            ``fully_shard`` or ``parallelize_module``.
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
         edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
-        detector: None for :class:`GradientNormRatio` with its defaults.
+        detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
+            where gradients only shrink, and one that sees weights collapse.
         policy: None for :class:`GuardPolicy` with its defaults.
 
     Returns:
@@ -68,15 +70,22 @@ def attach(
     chosen = _smoothing_of(smoothing, edge)
     policy = GuardPolicy() if policy is None else policy
     rules = targets if isinstance(targets, TargetRules) else TargetRules(preset=targets)
-    found = _find_slots(model, rules)
+    slots = _put_views(model, _find_slots(model, rules), chosen, policy.seed)
+    detector = AnyOf(GradientNormRatio(), StableRankFloor()) if detector is None else detector
+    return Guard(model, slots, detector, policy)
+
+
+def _put_views(
+    model: nn.Module, found: list[tuple[Target, list[Slot]]], smoothing: Smoothing, seed: int
+) -> dict[str, list[Slot]]:
     slots: dict[str, list[Slot]] = {}
     try:
         for target, holders in found:
             view = SmoothingView(
-                _with_std(chosen, target),
+                _with_std(smoothing, target),
                 matricization=target.matricization,
                 label=target.name,
-                seed=policy.seed,
+                seed=seed,
             )
             slots[target.name] = []
             for slot in holders:
@@ -85,7 +94,7 @@ def attach(
     except (ArgumentError, StateError):
         detach(model)
         raise
-    return Guard(model, slots, GradientNormRatio() if detector is None else detector, policy)
+    return slots
 
 
 def _find_slots(model: nn.Module, rules: TargetRules) -> list[tuple[Target, list[Slot]]]:

@@ -5,7 +5,8 @@ Plain numbers of one matrix, scaled to ``||W||_F = 1``; nothing here touches a d
 
 # Note [What the certificate says]
 Let ``h(s) = s - f(s)`` be what a smoothing takes from a singular value: zero up to the edge ``c`` and 1-Lipschitz
-above it, so ``W* = W - h(W)``. Rayleigh-Ritz gives orthonormal ``U, V`` with ``W V = U S`` and ``R = W^T U - V S``.
+above it, so ``W* = W - h(W)``. Rayleigh-Ritz gives orthonormal ``U, V`` with ``W V = U S`` and ``R = W^T U - V S``
+(or the same of the transpose), and a bound on the norm of each column of ``R``.
 Then ``U, S, V`` are exact triplets of ``W - U R^T``, and a Lipschitz function of singular values is Lipschitz in the
 Frobenius norm, so the error of the smoothed matrix is at most ``||R||_F``. A triplet near the edge converges last
 but hardly moves: leaving triplets ``j+1 .. k`` out changes the correction by their ``h(s) <= s - c``, and so, for
@@ -20,14 +21,14 @@ edge was missed altogether is certain only in probability: the start is Gaussian
 [Width of the block] in :mod:`pss_param.krylov`).
 
 # Note [Ceilings]
-In the basis of Ritz vectors and their complement, ``W^T W = [[Theta, C^T], [C, M]]`` with ``Theta = diag(S^2)`` and
-the measured coupling ``C``. For every ``x > ||M||``, as many eigenvalues lie above ``x`` as
-``Theta + C^T (x - M)^-1 C - x`` has positive ones (Sylvester), so the eigenvalues of
-``Theta + C^T C / (c^2 - ||M||)`` bound those of ``W^T W`` from above wherever they are at least ``c^2``. Converged
-values are hardly moved by it, so this bound is far sharper than the sums
-of residuals above, and replaces ``|R|`` and the bounds of Weyl and Mathias once the residuals themselves are within
-tolerance. ``||M||`` is taken as the largest Ritz value of the last block by itself: that block was the part of the
-complement which the iteration would have amplified next, and the complement has only shrunk since.
+In the basis of Ritz vectors and their complement, ``W^T W = [[Theta, C^T], [C, M]]`` with ``Theta = diag(S^2)``. For
+every ``x > ||M||``, as many eigenvalues lie above ``x`` as ``Theta + C^T (x - M)^-1 C - x`` has positive ones
+(Sylvester), so the eigenvalues of ``Theta + C^T C / (c^2 - ||M||)`` bound those of ``W^T W`` from above wherever they
+are at least ``c^2``. With the unseen rest ``E`` of Note [A residual without its pass] in :mod:`pss_param.krylov`,
+``||M|| = ||E||^2``, and the coupling of a Ritz vector is ``E^T T y_last``, so that ``C^T C`` is at most ``||E||^2``
+times the Gram matrix of ``T y_last``. Converged values are hardly moved by it: the bound is far sharper than the sums
+of residuals above, and replaces ``|R|`` and the bounds of Weyl and Mathias where it is, once the residuals themselves
+are within tolerance.
 
 # Note [An integer stable rank]
 ``k`` copies of one value have ``SR = k`` exactly, and rounding must not decide between ``k`` and ``k - 1``. A stable
@@ -192,6 +193,8 @@ def _value_error(seen: Spectrum, index: int) -> float:
     energy = sum(r * r for r in seen.residual[: index + 1])
     best, value = math.sqrt(energy), seen.S[index]
     for s, r in zip(seen.S[index + 1 :], seen.residual[index + 1 :], strict=True):
+        if energy >= best * value:
+            break  # no gap is wider than the value itself
         gap = value - s - r  # to the most that the first value outside the leading set can be
         if gap > 0:
             best = min(best, energy / gap)

@@ -1,33 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Whether compiled programs may read a model's weights."""
+r"""Whether compiled programs read the weights of a guard.
 
-import sys
+# Note [How a compiled read is noticed]
+A compiled training function leaves no trace in the model that it calls. But it is traced, and while it is traced every
+read of a weight runs through its view. There :func:`note_traced` is called, which the compiler has been told to run at
+once and to take for a constant: the compiled program contains nothing of it. A read always comes before the first
+trigger, since a gradient does.
 
+The program may be specialised to what the view passes. So that is the class of the guarded model and nothing finer:
+equal layers, and the models of a sweep, go on sharing one graph. Of two models of one class in one process, one
+compiled and one not, both count as compiled.
+"""
+
+import torch
 from torch import nn
 
-__all__ = ["anything_compiled"]
+__all__ = ["is_compiled", "listen", "note_traced", "tag_of", "was_traced"]
+
+_traced: set[str] = set()
 
 
-def anything_compiled(model: nn.Module) -> bool:
-    r"""Tell whether the model, or anything else in this process, has been compiled by :func:`torch.compile`.
+def tag_of(model: nn.Module) -> str:
+    r"""Make the tag that the views of a model pass.
 
-    A compiled training function leaves no trace in the model that it calls, only in the compiler's own counts, which
-    have no public name. So this errs on the side of yes; a reset of these counts between the compilation and a trigger
-    is the one case that it misses, and the view then says what to do.
+    Args:
+        model: The guarded model.
+
+    Returns:
+        Its class, in words.
+
+    Example:
+        >>> tag_of(nn.Linear(2, 2))
+        'torch.nn.modules.linear.Linear'
+    """
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def note_traced(tag: str) -> bool:
+    r"""Note that a compiled program reads guarded weights; runs when the program is traced, not when it runs.
+
+    Args:
+        tag: The tag of the guarded model.
+
+    Returns:
+        True, a constant.
+    """
+    _traced.add(tag)
+    return True
+
+
+def was_traced(tag: str) -> bool:
+    r"""Tell whether a compiled program has read weights of a guarded model of this class.
+
+    Args:
+        tag: The tag of the guarded model.
+
+    Returns:
+        Whether :func:`note_traced` was called with it.
+
+    Example:
+        >>> was_traced("a class"), note_traced("a class"), was_traced("a class")
+        (False, True, True)
+    """
+    return tag in _traced
+
+
+def is_compiled(model: nn.Module) -> bool:
+    r"""Tell whether a module in a model was compiled in place, be it before its first call.
 
     Args:
         model: The model whose weights are read.
 
     Returns:
-        Whether directions have to exist before the next read.
+        Whether ``module.compile()`` was called anywhere in it.
 
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> layer.compile()
-        >>> anything_compiled(layer)
+        >>> is_compiled(layer)
         True
     """
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        return True
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def listen() -> None:
+    r"""Tell the compiler to run :func:`note_traced` while it traces.
+
+    Not done at import, because it loads the compiler; whoever trains has it loaded by the optimizer.
+    """
+    torch.compiler.assume_constant_result(note_traced)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@ r"""Counting NaN and infinity in stored tensors, at the speed of reading them.""
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +30,33 @@ def count_nonfinite(blocks: Iterable[Tensor]) -> int:
 
 
 def _count(block: Tensor) -> int:
+    if _is_finite(block):
+        return 0
     if block.dtype.itemsize == 1:  # fp8: no comparison of its own
         block = block.to(torch.float32)
-    # aminmax passes NaN on and shows infinities; it runs ten times faster than isfinite in half precision.
-    low, high = torch.aminmax(block)
-    if torch.isfinite(low) and torch.isfinite(high):
-        return 0
     return block.numel() - int(torch.isfinite(block).sum())
+
+
+# Bits of the smallest magnitude that is no number; everything above is none either. Other types are converted first.
+_FIRST_BAD = {
+    torch.float64: (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
+    torch.float32: (np.int32, np.uint32, 0x7F80_0000),
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80),
+    torch.float16: (np.int16, np.uint16, 0x7C00),
+    torch.float8_e5m2: (np.int8, np.uint8, 0x7C),
+    torch.float8_e4m3fn: (np.int8, np.uint8, 0x7F),
+}
+
+
+def _is_finite(block: Tensor) -> bool:
+    # Floats of one sign have the order of their bits as integers: the two largest integers, with and without sign,
+    # tell. Twice as fast as torch's comparison, and without threads, for which other programs may leave no core free.
+    if block.dtype not in _FIRST_BAD or block.device.type != "cpu" or not block.is_contiguous():
+        return False
+    signed, unsigned, bad = _FIRST_BAD[block.dtype]
+    bits = block.detach().reshape(-1).view(torch.uint8).numpy()
+    sign = 1 << (8 * block.dtype.itemsize - 1)
+    return int(bits.view(signed).max()) < bad and int(bits.view(unsigned).max()) < sign + bad
 
 
 def refuse_nonfinite(found: Mapping[str, int], where: str) -> None:

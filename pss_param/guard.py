@@ -6,6 +6,11 @@ r"""The guard: one detector, the views of one model, and their life together.
 left open: the forward pass has seen the smoothed weights, now they become the stored ones. Then it judges the
 new gradient and, if the detector fires, opens gates. No linear algebra runs here, except under ``torch.compile``.
 
+# Note [What a quiet step costs]
+After a forward and backward pass the caches hold nothing of the interpreter, so every object, dictionary and tensor
+operation that a step touches costs about ten times what it costs in a loop of its own. So a step that finds nothing
+asks no view and makes no tensor: it reads one number, compares it and keeps Python floats.
+
 # Note [Resuming bit by bit]
 While a gate is open the model's ``state_dict`` has the smoothed values, with the bits that the fold will store.
 So a checkpoint never holds an open gate, and the guard's state needs only counters and statistics: the resumed
@@ -21,18 +26,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pss_param.announcing import Announcer
+from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_traced
 from pss_param.detector import Detector, Matrix, Verdict
-from pss_param.errors import ArgumentError, NonFiniteError, StateError
+from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
 from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
 from pss_param.opening import open_views
 from pss_param.policy import GuardPolicy
-from pss_param.reading import Reading
-from pss_param.removal import detach, is_in_place, view_at
+from pss_param.reading import Reading, read_now
+from pss_param.removal import detach, view_at
 from pss_param.resharding import reshard
-from pss_param.sharded import ShardedMatrix, is_sharded
+from pss_param.resuming import check_state, copied_state
 from pss_param.slot import Slot
-from pss_param.view import SmoothingView, refuse_inside_backward
+from pss_param.view import SmoothingView, inside_backward, refuse_inside_backward
+from pss_param.watched import require_no_pending, watched_matrices
 from pss_param.watching import Watch, refuse_line_search
 
 __all__ = ["Guard", "detach"]
@@ -63,22 +71,29 @@ class Guard:
         self.model, self.detector, self.policy = model, detector, policy
         self._slots = dict(slots)
         self.views: dict[str, SmoothingView] = {}
+        self._opened: set[str] = set()
+        self._tag = tag_of(model)
         for name, holders in self._slots.items():
-            self.views[name] = view_at(holders[0])
+            view = self.views[name] = view_at(holders[0])
+            view.opened, view.tag = self._opened, self._tag
+        # The module that holds the first view, and its parametrizations: gone, or others, once they were removed.
+        self._home = next(iter(self._slots.values()))[0].module._modules
+        self._placed = self._home["parametrizations"]
         self.steps = self.triggers = self.nonfinite = self.resting = 0
         self._stale: set[str] = set()
         self._attached = True
         self._previewing = False
-        self._warned = False
-        self._padded_rank = 8
+        self._announcer = Announcer(policy)
+        self._padded_rank = 16
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
+        listen()
         detector.bind(self._matrices)
 
     @property
     def is_open(self) -> bool:
         r"""Whether any gate is open, that is whether a smoothing waits to be folded."""
-        return any(view.is_open for view in self.views.values())
+        return bool(self._opened)
 
     def step(self, grad_norm: float | Tensor | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> Event:
         r"""Fold what is open, judge the new gradient, and open gates if the detector fires.
@@ -106,16 +121,24 @@ class Guard:
         if self.policy.reset_moments and optimizer is None:
             raise ArgumentError("GuardPolicy(reset_moments=True) needs guard.step(optimizer=optimizer)")
         norm = gradient_norm(self.model) if grad_norm is None else grad_norm
-        self._fold_and_reset(optimizer)
+        if self._opened or self._stale:
+            self._fold_and_reset(optimizer)
         self.steps += 1
-        reading = self._next_reading(Reading(norm, self.detector.look(self._matrices)))
-        if reading is None:
-            return self._tell(Event(self.steps, False, math.nan, reason="decisions come one step later"))
-        value, seen = reading.read()
+        looks = self.detector.look(self._matrices)
+        if self.policy.deferred:
+            reading = self._exchanged(Reading(norm, looks))
+            if reading is None:
+                return self._tell(Event(self.steps, False, math.nan, reason="decisions come one step later"))
+            value, seen = reading.read()
+        else:
+            value, seen = read_now(norm, looks)
         if not math.isfinite(value):
             return self._tell(self._skip_nonfinite(value))
         self.nonfinite = 0
-        return self._tell(self._act(value, self.detector.judge(value, seen)))
+        verdict = self.detector.judge(value, seen)
+        if not verdict.triggered and not self.resting:
+            return Event(self.steps, False, value, verdict.ratio)
+        return self._tell(self._act(value, verdict))
 
     def watch(self, optimizer: torch.optim.Optimizer) -> Watch:
         r"""Step before every ``optimizer.step()`` from now on, where the loop itself cannot be changed.
@@ -182,7 +205,7 @@ class Guard:
         try:
             self._open(shown)
             yield
-            _require_no_pending(shown)
+            require_no_pending(shown)
         finally:
             self._previewing = False
             for view in shown:
@@ -210,7 +233,9 @@ class Guard:
         # A pending opening is folded in the model's state, so here it counts as over.
         openings = {name: view.openings + view.is_open for name, view in self.views.items()}
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        detector = {key: _copy(value) for key, value in self.detector.state_dict().items()}
+        # A resumed run may reach a trigger before the program that told this one has been compiled again.
+        counters["compiled"] = int(self._is_compiled())
+        detector = copied_state(self.detector)
         # The moments of a weight that is saved folded are to be cleared by the resumed run, at its next step.
         waiting = {
             name: name in self._stale or (self.policy.reset_moments and view.is_open)
@@ -230,21 +255,7 @@ class Guard:
             StateError: If the guard is detached or previewing, or a backward pass runs.
         """
         self._require_ready("guard.load_state_dict()")
-        missing = {"detector", "counters", "openings"} - set(state)
-        if missing:
-            raise ArgumentError(f"a guard's state has detector, counters, openings; missing: {sorted(missing)}")
-        differing = sorted(set(state["openings"]) ^ set(self.views))
-        if differing:
-            raise ArgumentError(
-                f"the saved guard and this one watch different weights, among them {differing[0]}; "
-                "attach with the same targets before loading"
-            )
-        differing = sorted(set(state["detector"]) ^ set(self.detector.state_dict()))
-        if differing:
-            raise ArgumentError(
-                f"the saved guard has another detector than {type(self.detector).__name__}, they differ in "
-                f"{differing[0]}; attach with the same detector before loading"
-            )
+        check_state(state, self.views, self.detector)
         self.detector.load_state_dict(state["detector"])
         self._stale = {name for name, value in state.get("stale", {}).items() if value}
         for name, view in self.views.items():
@@ -252,6 +263,8 @@ class Guard:
             view.openings = int(state["openings"][name])
         for name in _COUNTERS:
             setattr(self, name, int(state["counters"][name]))
+        if state["counters"].get("compiled"):
+            note_traced(self._tag)
         on_its_way = state.get("deferred")
         self._deferred = Reading.of(on_its_way) if on_its_way else None
 
@@ -298,9 +311,14 @@ class Guard:
         )
 
     def _require_ready(self, call: str) -> None:
+        placed = self._home.get("parametrizations") is self._placed
+        if not (self._attached and placed) or self._previewing or inside_backward():
+            self._refuse(call)
+
+    def _refuse(self, call: str) -> None:
         if not self._attached:
             raise StateError(f"{call} on a detached guard; attach again with pss_param.attach(model)")
-        if not is_in_place(*next((self._slots[name][0], view) for name, view in self.views.items())):
+        if self._home.get("parametrizations") is not self._placed:
             raise StateError(f"{call}, but pss_param.detach(model) has removed its views; attach again")
         if self._previewing:
             raise StateError(f"{call} inside guard.preview(); leave the preview first")
@@ -314,7 +332,7 @@ class Guard:
             )
 
     def _matrices(self) -> dict[str, tuple[Matrix, ...]]:
-        return {name: _matrices_of(self._slots[name][0].weight, view) for name, view in self.views.items()}
+        return watched_matrices(self._slots, self.views)
 
     def _fold_and_reset(self, optimizer: torch.optim.Optimizer | None) -> None:
         pending = [name for name, view in self.views.items() if view.is_open]
@@ -333,10 +351,8 @@ class Guard:
             # Inside a long autocast block the casts of the old values are still cached.
             torch.clear_autocast_cache()
 
-    def _next_reading(self, reading: Reading) -> Reading | None:
-        """The reading to judge now: this one, or the one of the step before."""
-        if not self.policy.deferred:
-            return reading
+    def _exchanged(self, reading: Reading) -> Reading | None:
+        """Send this step's reading on its way; the one of the step before is to be judged now."""
         clear_nonfinite(self.model, reading.norm)
         before, self._deferred = self._deferred, reading.send()
         return before
@@ -345,11 +361,7 @@ class Guard:
         self.nonfinite += 1
         if not self.policy.deferred:
             drop_gradients(self.model)
-        if self.nonfinite >= self.policy.max_nonfinite:
-            raise NonFiniteError(
-                f"the gradient norm was not finite for {self.nonfinite} steps in a row; stop, and repair the last "
-                "checkpoint with the command: pss-repair CHECKPOINT"
-            )
+        self.policy.refuse_more_nonfinite(self.nonfinite)
         reason = f"gradient norm is {norm}, {self.nonfinite} in a row (error at {self.policy.max_nonfinite})"
         if self.policy.deferred:
             reason += "; its step had zeros for gradients"
@@ -376,42 +388,12 @@ class Guard:
         )
 
     def _open(self, views: Sequence[SmoothingView]) -> None:
-        self._padded_rank = open_views(self.model, self._slots, views, self.policy, self._padded_rank)
+        prepare = self.policy.prepare
+        eager = prepare == "eager" or (prepare == "auto" and self._is_compiled())
+        self._padded_rank = open_views(self.model, self._slots, views, eager, self._padded_rank)
+
+    def _is_compiled(self) -> bool:
+        return was_traced(self._tag) or is_compiled(self.model)
 
     def _tell(self, event: Event) -> Event:
-        if event.triggered or event.skip:
-            _log.warning("%s", event)
-        elif event.reason:
-            _log.info("%s", event)
-        if not self._warned and self.policy.over_budget(self.triggers, self.steps):
-            self._warned = True
-            _log.warning(
-                "step %d: %d triggers are more than %g %% of the steps; lower the learning rate, raise the "
-                "detector's threshold, or set GuardPolicy(cooldown=...)",
-                self.steps,
-                self.triggers,
-                100 * self.policy.max_trigger_rate,
-            )
-        return event
-
-
-def _matrices_of(weight: Tensor, view: SmoothingView) -> tuple[Matrix, ...]:
-    weight = weight.detach()
-    if not is_sharded(weight):
-        return view.matricization.split(weight)
-    if view.matricization.linear:
-        return (ShardedMatrix(weight),)
-    return view.matricization.split(weight.full_tensor())
-
-
-def _require_no_pending(views: Sequence[SmoothingView]) -> None:
-    for view in views:
-        if view.pending:
-            raise StateError(
-                f"{view.label} was read inside guard.preview() and its backward pass has not come; "
-                "preview under torch.no_grad(), or call backward() inside"
-            )
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+        return self._announcer.tell(event, self.triggers)

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from pss_param.compiled import anything_compiled
-from pss_param.policy import GuardPolicy
 from pss_param.resharding import ThinSaving, reshard, resting_mesh
 from pss_param.slot import Slot
 from pss_param.view import SmoothingView
@@ -18,16 +16,16 @@ def open_views(
     model: nn.Module,
     slots: Mapping[str, list[Slot]],
     views: Sequence[SmoothingView],
-    policy: GuardPolicy,
+    eager: bool,
     padded_rank: int,
 ) -> int:
-    r"""Open gates; compute directions now if compiled programs need them, else leave that to the next read.
+    r"""Open gates; compute directions now, as compiled programs need them, or leave that to the next read.
 
     Args:
         model: The guarded model.
         slots: Where each view sits, by its label.
         views: Those to open.
-        policy: Says when directions are computed.
+        eager: Whether to compute directions now.
         padded_rank: The rank that prepared factors had so far.
 
     Returns:
@@ -38,7 +36,7 @@ def open_views(
         view.open()
         slot = slots[view.label][0]
         view.resting = resting_mesh(model, slot.module, slot.weight)
-    if policy.prepare == "lazy" or (policy.prepare == "auto" and not anything_compiled(model)):
+    if not eager:
         for view in views:
             if view.resting is not None:
                 view.thin = ThinSaving(view, slots[view.label][0].module)

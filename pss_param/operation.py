@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from pss_param.drift import measure_drift
@@ -106,6 +107,7 @@ class Outcome:
         drift: of every target, where there is a reference.
         masters: keys of the master copies that were repaired.
         optimizer: what was done to the optimizer's state.
+        vectors: digests of the norms and biases that are back at their initial values.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -114,6 +116,7 @@ class Outcome:
     drift: tuple[TensorDrift, ...]
     masters: tuple[str, ...] = ()
     optimizer: OptimizerReport = field(default_factory=OptimizerReport)
+    vectors: Mapping[str, str] = field(default_factory=dict)
 
 
 def operate(job: Job, put: Put) -> Outcome:
@@ -142,11 +145,12 @@ def operate(job: Job, put: Put) -> Outcome:
 class _Pass:
     def __init__(self, job: Job, put: Put, reference: HealthySource) -> None:
         self.job, self.put, self.reference = job, put, reference
-        self.surgeon = Surgeon(job.options)
+        self.surgeon = Surgeon(job.options, job.plan.outside)
         self.reports: list[TensorReport] = []
         self.skipped = dict(job.plan.skipped)
         self.restored: dict[str, Restored] = {}
         self.drift: list[TensorDrift] = []
+        self.vectors: dict[str, str] = {}
         self.masters: list[str] = []
         self.bad: dict[str, int] = {}
         self.done_storages: set[object] = set()
@@ -164,10 +168,13 @@ class _Pass:
         job.tell("repair", "", total, total)
         refuse_nonfinite(self.bad, job.where)
         skipped = {name: self.skipped[name] for name in job.source.tensors if name in self.skipped}
-        return Outcome(tuple(self.reports), skipped, self.restored, tuple(self.drift), tuple(self.masters))
+        return Outcome(
+            tuple(self.reports), skipped, self.restored, tuple(self.drift), tuple(self.masters), vectors=self.vectors
+        )
 
     def _visit(self, name: str) -> None:
         target = next((n for n in self.job.aliases(name) if n in self.job.plan.targets), None)
+        vector = next((n for n in self.job.aliases(name) if n in self.job.plan.vectors), None)
         count = self.job.counts.get(name)
         if count is None:
             count = count_nonfinite(self.job.source.blocks(name))
@@ -178,6 +185,19 @@ class _Pass:
                 self.bad[name] = count
         elif target is not None and not self.bad:
             self._smooth(target)
+        elif vector is not None and not self.bad:
+            self._start_again(vector, self.job.plan.vectors[vector])
+
+    def _start_again(self, name: str, value: float) -> None:
+        old = self.job.source.read(name)
+        if bool((old.double() == value).all()):
+            self.skipped[name] = "is at its initial value"
+            return
+        fresh = torch.full_like(old, value)
+        self.put(name, fresh)
+        for key in self._master_keys(name):
+            self._put_master(key, fresh)
+        self.vectors[name] = digest(fresh)
 
     def _restore(self, name: str, count: int) -> None:
         stored = self.job.source.tensors[name]

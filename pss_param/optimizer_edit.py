@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What a repair does to optimizer states: check, reset, and bring master copies of weights along."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,15 +92,30 @@ class OptimizerEditor:
             names, tuple(self.layout.tensors[name].shape for name in names), "the order of its state_dict"
         )
 
-    def nonfinite(self) -> dict[str, int]:
+    @property
+    def changing(self) -> Iterator[str]:
+        r"""Keys of the tensors that may be written, or read for that: masters, and under a reset all moments."""
+        for state in self.states:
+            for keys in state.masters().values():
+                yield from keys
+            if self.mode != "keep":
+                yield from state.tensors()
+
+    def nonfinite(self, counted: Mapping[str, int] | None = None) -> dict[str, int]:
         r"""Count NaN and infinity in all moments.
+
+        Args:
+            counted: what is known already, by key.
 
         Returns:
             Counts by key; tensors without any are left out.
         """
-        counts = {}
+        known, counts = counted or {}, {}
         for key in (key for state in self.states for key in state.tensors()):
-            if self.layout.state[key].floating and (count := count_nonfinite(self.layout.blocks(key))):
+            if not self.layout.state[key].floating:
+                continue
+            count = known[key] if key in known else count_nonfinite(self.layout.blocks(key))
+            if count:
                 counts[key] = count
         return counts
 
@@ -128,18 +143,19 @@ class OptimizerEditor:
         r"""Where the order of numbered parameters was taken from; empty where none was needed."""
         return ", ".join(dict.fromkeys(order.origin for order in self.orders.values() if order is not None))
 
-    def check(self, repaired: Sequence[Sequence[str]]) -> None:
+    def check(self, repaired: Sequence[Sequence[str]], counted: Mapping[str, int] | None = None) -> None:
         r"""Make sure that everything that is to be done can be, before anything is written.
 
         Args:
             repaired: names, with aliases, of the tensors that may change.
+            counted: NaN and infinite elements by key, of the moments that somebody has counted already.
 
         Raises:
             CheckpointError: a field's initial state is unknown.
             NonFiniteError: moments that would stay hold NaN or infinity.
         """
         gone = {key for _, _, fields in self.chosen(repaired) for key in fields.values()}
-        bad = {key: count for key, count in self.nonfinite().items() if key not in gone}
+        bad = {key: count for key, count in self.nonfinite(counted).items() if key not in gone}
         if bad:
             names = ", ".join(f"{key} ({count})" for key, count in list(bad.items())[:SHOWN])
             more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""

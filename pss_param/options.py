@@ -22,6 +22,7 @@ WORDS = {
     "nonfinite": ("refuse", "reference"),
     "where": ("all", "drifted"),
     "optimizer": ("keep", "reset", "reset-all"),
+    "strength": ("gentle", "deep"),
 }
 """Options of few words, with the words."""
 
@@ -51,9 +52,10 @@ class RepairOptions:
     r"""What to smooth and how.
 
     Args:
-        smoothing: shape by which dominant singular values come down, a name or a callable ``f(S, edge) ->
-        S``.
-        edge: the level they come down to: ``"bulk"``, ``"dominant"``, ``"init"`` or ``"reference"``.
+        smoothing: shape by which dominant singular values come down, a name or a callable ``f(S, edge) -> S``; None
+            for ``"clip"``, or ``"equal"`` in a deep repair to the edge ``"init"``.
+        edge: the level they come down to: ``"bulk"``, ``"dominant"``, ``"init"`` or ``"reference"``; None for
+            ``"bulk"``, or ``"init"`` in a deep repair.
         rank: number of directions to smooth; None lets the edge decide.
         init_std: standard deviation of a fresh weight, for ``edge="init"``; None asks the model's config,
             then takes PyTorch's rule ``1 / sqrt(3 * fan_in)``.
@@ -76,10 +78,14 @@ class RepairOptions:
         verify: whether to read the copy again before it gets its name.
         device: where to compute: ``"auto"`` (a CUDA device if there is one), ``"cpu"``, ``"cuda:1"``, ...
         seed: of the random start of the iteration; the same seed and device give the same bytes.
+        strength: ``"gentle"`` brings down what stands out of the matrices inside the blocks and keeps the rest.
+            ``"deep"`` undoes all that a deadly learning rate does: matrices inside the blocks get equal singular
+            values at the scale of fresh ones, matrices that ``targets`` leaves out (heads and stems, not embeddings)
+            come down to twice a fresh matrix's spectral norm, gains of norms go back to 1 and biases to 0.
     """
 
-    smoothing: str | Callable[[Tensor, Tensor], Tensor] = "clip"
-    edge: str = "bulk"
+    smoothing: str | Callable[[Tensor, Tensor], Tensor] | None = None
+    edge: str | None = None
     rank: int | None = None
     init_std: float | None = None
     tol: float = 1e-3
@@ -96,6 +102,7 @@ class RepairOptions:
     verify: bool = True
     device: str = "auto"
     seed: int = 0
+    strength: str = "gentle"
 
     def __post_init__(self) -> None:
         r"""Check what can be checked without a checkpoint.
@@ -114,8 +121,13 @@ class RepairOptions:
                 raise ArgumentError(f"{words} needs a healthy checkpoint; pass reference (--reference GOOD)")
         if not 0 < self.drifted_below <= 1:
             raise ArgumentError(f"drifted_below must be above 0 and at most 1, got {self.drifted_below:g}")
-        if self.init_std is not None and self.edge != "init":
-            raise ArgumentError(f'init_std is only used by edge="init", the edge is {self.edge!r}')
+        if self.init_std is not None and self.rule().edge != "init":
+            raise ArgumentError(f'init_std is only used by edge="init", the edge is {self.rule().edge!r}')
+        if self.deep and (self.targets != "linear" or self.where != "all"):
+            raise ArgumentError(
+                f'strength="deep" treats the whole model, got targets={self.targets!r} and where={self.where!r}; '
+                "leave both at their defaults, or use exclude"
+            )
         self.rules()
         self.rule()
 
@@ -143,8 +155,15 @@ class RepairOptions:
         Returns:
             The smoothing.
         """
-        reference = 1.0 if self.edge == "reference" else None  # stands in until a tensor's own is known
-        return Smoothing(self.smoothing, self.edge, self.rank, self.init_std, reference, self.tol)
+        edge = self.edge or ("init" if self.deep else "bulk")
+        shape = self.smoothing or ("equal" if self.deep and edge == "init" else "clip")
+        reference = 1.0 if edge == "reference" else None  # stands in until a tensor's own is known
+        return Smoothing(shape, edge, self.rank, self.init_std, reference, self.tol)
+
+    @property
+    def deep(self) -> bool:
+        r"""Whether more than the targets is treated."""
+        return self.strength == "deep"
 
     def to_dict(self) -> dict[str, Any]:
         r"""The options in plain Python types, for the report.
@@ -153,8 +172,8 @@ class RepairOptions:
             One entry per field.
         """
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        if callable(self.smoothing):
-            content["smoothing"] = getattr(self.smoothing, "__qualname__", repr(self.smoothing))
+        shape, content["edge"] = self.rule().shape, self.rule().edge
+        content["smoothing"] = getattr(shape, "__qualname__", repr(shape)) if callable(shape) else shape
         if isinstance(self.reference, Mapping):
             content["reference"] = "state dict"
         for name in ("reference", "param_order"):

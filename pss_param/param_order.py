@@ -18,6 +18,7 @@ from torch import nn
 
 from pss_param.checkpoint.write import write_file
 from pss_param.errors import ArgumentError, CheckpointError
+from pss_param.meta_model import trained_parameters
 
 SCHEMA = "pss-param/param-order/1"
 MAX_FILE = 100_000_000
@@ -123,50 +124,17 @@ def order_from_config(folder: Path, groups: Sequence[int]) -> ParamOrder:
         The order; its shapes are still to be compared with the state.
 
     Raises:
-        CheckpointError: transformers is not installed, does not know the model, or would group otherwise.
+        CheckpointError: the model cannot be built (see :mod:`pss_param.meta_model`), or would be grouped otherwise.
     """
-    model = _meta_model(folder)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = trained_parameters(folder, sum(groups))
+    parts = [trained]
     if len(groups) == 2:
-        decay = _decayed(model)
-        parts = [[n for n in trained if n in decay], [n for n in trained if n not in decay]]
-    else:
-        parts = [trained]
+        parts = [tuple(p for p in trained if p.decays), tuple(p for p in trained if not p.decays)]
     if [len(part) for part in parts] != list(groups):
         raise CheckpointError(
             f"{folder}: the optimizer has groups of {list(groups)} parameters, the model of config.json would have "
             f"{[len(part) for part in parts]}; pass --param-order (made by pss_param.write_param_order)"
         )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    names = tuple(name for part in parts for name in part)
-    return ParamOrder(names, tuple(shapes[name] for name in names), f"{folder / 'config.json'}")
-
-
-def _meta_model(folder: Path) -> nn.Module:
-    try:
-        import transformers
-    except ImportError:
-        raise CheckpointError(
-            f"{folder}: to work out the order of parameters from config.json, transformers must be installed "
-            "(pip install 'pss-param[hf]'); or pass --param-order (made by pss_param.write_param_order)"
-        ) from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise ValueError(f"transformers {transformers.__version__} has no class {config.architectures}")
-        with torch.device("meta"):
-            return kind(config)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise CheckpointError(
-            f"{folder}: the model of config.json cannot be built ({reason}); "
-            "pass --param-order (made by pss_param.write_param_order)"
-        ) from None
-
-
-def _decayed(model: nn.Module) -> frozenset[str]:
-    from transformers import Trainer
-
-    # A method without state: the rule is asked from the installed version, not repeated here.
-    return frozenset(Trainer.get_decay_parameter_names(object.__new__(Trainer), model))
+    ordered = [parameter for part in parts for parameter in part]
+    names, shapes = tuple(p.name for p in ordered), tuple(p.shape for p in ordered)
+    return ParamOrder(names, shapes, f"{folder / 'config.json'}")

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""From named tensors to the list of those that are smoothed, by names, shapes and types alone."""
 
+import glob
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from pss_param.checkpoint import StoredTensor
 from pss_param.errors import ArgumentError
-from pss_param.targets import Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
+from pss_param.selection import matches
+from pss_param.targets import ONE_CHANNEL, Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
+from pss_param.vectors import initial_value
 
 
 class TensorSource(Protocol):
@@ -88,21 +91,26 @@ class Plan:
     Args:
         targets: by name, in the checkpoint's order; of tied names only the first.
         skipped: reasons by name, in the checkpoint's order.
+        outside: those targets that only a deep repair treats: matrices that the rules leave out.
+        vectors: values of a fresh model by name, of the norms and biases that a deep repair puts back.
     """
 
     targets: Mapping[str, Target]
     skipped: Mapping[str, str]
+    outside: frozenset[str] = frozenset()
+    vectors: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_plan(source: TensorSource, rules: TargetRules) -> Plan:
+def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> Plan:
     r"""Choose targets by name, shape and type; nothing is read.
 
     Args:
         source: the tensors.
         rules: which of them to take.
+        deep: whether matrices outside the blocks, norms and biases are treated too.
 
     Returns:
-        The plan; together its two parts name every tensor once.
+        The plan; together its targets, vectors and skipped name every tensor once.
 
     Raises:
         ArgumentError: the rules name nothing, or a tensor that cannot be taken.
@@ -116,20 +124,65 @@ def make_plan(source: TensorSource, rules: TargetRules) -> Plan:
     infos = {n: TensorInfo(t.shape, t.dtype) for n, t in source.tensors.items() if t.dtype is not None}
     try:
         selection: Selection = select_tensors(infos, rules, source.config)
+        outside = _outside(infos, rules, source) if deep else {}
     except ArgumentError as error:
         raise ArgumentError(f"{getattr(source, 'path', 'the state dict')}: {error}") from None
-    targets = {target.name: target for target in selection.targets}
+    targets = {**outside, **{target.name: target for target in selection.targets}}
     skipped = {skip.name: skip.reason for skip in (*selection.skipped, *_unreadable(source))}
-    owner: dict[Any, str] = {}
-    for name, stored in source.tensors.items():
-        if name in targets and (first := owner.setdefault(stored.storage, name)) != name:
-            skipped[name] = f"shares its bytes with {first}, which is repaired"
-            del targets[name]
+    vectors = _vectors(source, rules, skipped) if deep else {}
+    _settle_shared(source, targets, vectors, skipped)
     order = list(source.tensors)
     return Plan(
         {name: targets[name] for name in order if name in targets},
-        {name: skipped[name] for name in order if name in skipped},
+        {name: skipped[name] for name in order if name in skipped and name not in targets and name not in vectors},
+        frozenset(targets) - {target.name for target in selection.targets},
+        vectors,
     )
+
+
+def _settle_shared(
+    source: TensorSource, targets: dict[str, Target], vectors: dict[str, float], skipped: dict[str, str]
+) -> None:
+    owner: dict[Any, str] = {}
+    for name, stored in source.tensors.items():
+        if name in targets or name in vectors:
+            owner.setdefault(stored.storage, name)
+    for name, stored in source.tensors.items():
+        if (first := owner.get(stored.storage, name)) != name:
+            skipped[name] = f"shares its bytes with {first}, which is repaired"
+            targets.pop(name, None)
+            vectors.pop(name, None)
+
+
+def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource) -> dict[str, Target]:
+    wider = replace(rules, preset="all")
+    found = select_tensors(infos, wider, source.config)
+    # Whether such a kernel is depthwise makes no difference to its norm.
+    kernels = [skip.name for skip in found.skipped if skip.reason == ONE_CHANNEL and skip.name.endswith("weight")]
+    if kernels:
+        include = (*rules.include, *map(glob.escape, kernels))
+        found = select_tensors(infos, replace(wider, include=include), source.config)
+    tables = {source.tensors[target.name].storage for target in found.targets if not _is_a_map(target, infos)}
+    return {target.name: target for target in found.targets if source.tensors[target.name].storage not in tables}
+
+
+def _is_a_map(target: Target, infos: Mapping[str, TensorInfo]) -> bool:
+    # A table may have any name, and its fresh scale is another one than a linear layer's; but it never has a bias.
+    if target.role == "other" and target.block is None and len(infos[target.name].shape) == 2:
+        return f"{target.name.removesuffix('weight')}bias" in infos
+    return target.role != "embedding"
+
+
+def _vectors(source: TensorSource, rules: TargetRules, skipped: dict[str, str]) -> dict[str, float]:
+    found = {}
+    for name, stored in source.tensors.items():
+        value = initial_value(name, stored.shape, source.config) if stored.floating else None
+        pattern = next((pattern for pattern in rules.exclude if matches(name, pattern)), None)
+        if value is not None and pattern is not None:
+            skipped[name] = f"excluded by {pattern!r}"
+        elif value is not None:
+            found[name] = value
+    return found
 
 
 def _unreadable(source: TensorSource) -> Iterator[Skipped]:

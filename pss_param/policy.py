@@ -4,7 +4,7 @@ r"""What a guard does besides smoothing: with the spiking gradient, with optimiz
 from dataclasses import dataclass
 from typing import Literal
 
-from pss_param.errors import ArgumentError
+from pss_param.errors import ArgumentError, NonFiniteError
 
 __all__ = ["GuardPolicy"]
 
@@ -33,7 +33,8 @@ class GuardPolicy:
         reset_moments: Whether the optimizer's state of a smoothed weight is cleared when the smoothing is folded.
             Needs ``guard.step(optimizer=...)``.
         prepare: When dominant directions are computed: ``"lazy"`` at the next read, ``"eager"`` inside ``step()``
-            as compiled programs need it, ``"auto"`` eager as soon as anything in the process has been compiled.
+            as compiled programs need it, ``"auto"`` (default) eager as soon as a compiled program has read a guarded
+            weight of a model of this class. Eager directions are those of the weight before the optimizer's update.
         seed: Seed of the views' own random generators.
         deferred: Whether a gradient is judged in the next step, so that the host never waits for the device. A spike
             is then smoothed one step later, so ``on_trigger`` can only be ``"smooth"``; non-finite gradients become
@@ -71,6 +72,24 @@ class GuardPolicy:
             (False, True, False)
         """
         return triggers > self.max_trigger_rate * max(steps, 500)
+
+    def refuse_more_nonfinite(self, count: int) -> None:
+        r"""End a run whose gradients have not been finite for too long.
+
+        Args:
+            count: Non-finite gradient norms in a row.
+
+        Raises:
+            NonFiniteError: If there are as many as ``max_nonfinite``.
+
+        Example:
+            >>> GuardPolicy(max_nonfinite=3).refuse_more_nonfinite(2)
+        """
+        if count >= self.max_nonfinite:
+            raise NonFiniteError(
+                f"the gradient norm was not finite for {count} steps in a row; stop, and repair the last "
+                "checkpoint with the command: pss-repair CHECKPOINT"
+            )
 
     def __post_init__(self) -> None:
         r"""Check the ranges.

@@ -13,9 +13,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pss_param.errors import ArgumentError
 from pss_param.sharded import whole_norm
 
-__all__ = ["Reading"]
+__all__ = ["Reading", "read_now"]
+
+
+def read_now(norm: float | Tensor, looks: Sequence[Tensor]) -> tuple[float, list[list[float]]]:
+    r"""Read the numbers of a step in that step, in one transfer.
+
+    Args:
+        norm: The global gradient norm; of a sharded one every rank takes part.
+        looks: What the detector measured.
+
+    Returns:
+        The norm, and the values of each measurement.
+
+    Raises:
+        ArgumentError: If the norm is a tensor of several numbers.
+
+    Example:
+        >>> read_now(torch.tensor(2.0), [torch.empty(0)])
+        (2.0, [[]])
+    """
+    for look in looks:
+        if look.numel():
+            return Reading(norm, looks).read()
+    # The normal step: no tensor is made.
+    return _number(norm) if isinstance(norm, Tensor) else float(norm), [[] for _ in looks]
+
+
+def _number(norm: Tensor) -> float:
+    try:
+        value: float = (norm if type(norm) is Tensor else whole_norm(norm)).item()
+    except RuntimeError:
+        _require_one(norm)
+        raise
+    return value
+
+
+def _require_one(norm: Tensor) -> None:
+    if norm.numel() != 1:
+        raise ArgumentError(
+            f"grad_norm must be one number, got a tensor of shape {tuple(norm.shape)}; "
+            "pass what clip_grad_norm_ returns"
+        )
 
 
 class Reading:
@@ -24,6 +66,9 @@ class Reading:
     Args:
         norm: The global gradient norm; of a sharded one every rank takes part.
         looks: What the detector measured.
+
+    Raises:
+        ArgumentError: If the norm is a tensor of several numbers.
 
     Attributes:
         norm: The norm as one plain number or tensor on its device.
@@ -35,7 +80,10 @@ class Reading:
     """
 
     def __init__(self, norm: float | Tensor, looks: Sequence[Tensor]) -> None:
-        self.norm = whole_norm(norm).detach() if isinstance(norm, Tensor) else norm
+        if isinstance(norm, Tensor):
+            _require_one(norm)
+            norm = whole_norm(norm).detach()
+        self.norm = norm
         self._sizes = [look.numel() for look in looks]
         measured = [look for look in looks if look.numel()]
         head = self.norm if isinstance(self.norm, Tensor) else torch.tensor(self.norm)

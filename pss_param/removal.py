@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Taking views off a model, and telling whether they are still there."""
+r"""Taking views off a model, and getting at them."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from pss_param.resharding import reshard
 from pss_param.slot import Slot, occupied_slots
 from pss_param.view import SmoothingView
 
-__all__ = ["detach", "is_in_place", "view_at"]
+__all__ = ["detach", "view_at"]
 
 
 def detach(model: nn.Module) -> None:
@@ -36,21 +36,6 @@ def detach(model: nn.Module) -> None:
         view.fold_(slot.weight)
     for slot, _ in occupied:
         slot.clear()
-
-
-def is_in_place(slot: Slot, view: SmoothingView) -> bool:
-    r"""Tell whether a view is still where its guard has put it.
-
-    Args:
-        slot: The place.
-        view: The view.
-
-    Returns:
-        False once :func:`detach` has removed it.
-    """
-    lists = slot.module._modules.get("parametrizations")
-    views = None if lists is None else lists._modules.get(slot.name)
-    return views is not None and views._modules["0"] is view
 
 
 def view_at(slot: Slot) -> SmoothingView:

@@ -7,6 +7,7 @@ This module knows names and tensors; where their bytes lie is the business of :m
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def repair_state_dict(
     """
     options = options or RepairOptions()
     source, result, start = StateDictSource(state_dict), dict(state_dict), time.perf_counter()
-    plan = make_plan(source, options.rules())
+    plan = make_plan(source, options.rules(), options.deep)
     aliases: dict[Any, list[str]] = {}
     for name, stored in source.tensors.items():
         aliases.setdefault(stored.storage, []).append(name)
@@ -99,7 +100,7 @@ def repair_checkpoint(
     destination = default_output(path) if output is None else Path(output)
     with open_checkpoint(path) as layout:
         optimizers = OptimizerEditor(layout, options.optimizer, options.param_order)
-        job = Job(layout, make_plan(layout, options.rules()), options, str(path), progress, optimizers)
+        job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
         report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0)
         if dry_run:
@@ -115,6 +116,7 @@ def _completed(report: Report, outcome: Outcome, start: float) -> Report:
         restored=outcome.restored,
         drift=outcome.drift,
         optimizer=outcome.optimizer,
+        vectors=outcome.vectors,
         seconds=time.perf_counter() - start,
     )
 
@@ -132,20 +134,24 @@ def _write(
         StagedFile(report_path(destination), force=True) as beside,
     ):
         total = sum(layout.stat(file).st_size for file in layout.files)
-        job = replace(job, counts=editor.copy(job.counter("copy", total), job.options.verify))
+        changing = {*job.plan.targets, *job.plan.vectors, *optimizers.changing}
+        job = replace(job, counts=editor.copy(job.counter("copy", total), job.options.verify, changing))
         report = make_report(_with_optimizer(job, optimizers, editor.write))
-        editor.finish(job.options.verify, job.counter("verify", editor.edited_bytes))
+        editor.finish(job.options.verify, job.counter("verify", editor.unchecked_bytes))
         write_all(beside.fd, 0, report.to_json().encode())
         editor.check_free()
         # The report first: no repaired checkpoint is ever seen without one.
         beside.publish()
-        try:
+        with ExitStack() as undo:
+            undo.callback(_remove_lonely_report, destination)
             editor.publish()
-        except BaseException:
-            if not destination.exists():
-                report_path(destination).unlink(missing_ok=True)
-            raise
+            undo.pop_all()
     return report
+
+
+def _remove_lonely_report(destination: Path) -> None:
+    if not destination.exists():
+        report_path(destination).unlink(missing_ok=True)
 
 
 def _with_optimizer(job: Job, optimizers: OptimizerEditor, put: Callable[[str, Tensor], None] | None) -> Outcome:
@@ -157,9 +163,9 @@ def _with_optimizer(job: Job, optimizers: OptimizerEditor, put: Callable[[str, T
         if put is not None:
             put(name, value)
 
-    optimizers.check([job.aliases(name) for name in job.plan.targets])
+    optimizers.check([job.aliases(name) for name in (*job.plan.targets, *job.plan.vectors)], job.counts)
     outcome = operate(job, note)
-    repaired = [*(tensor.name for tensor in outcome.tensors if tensor.changed), *outcome.restored]
+    repaired = [*(t.name for t in outcome.tensors if t.changed), *outcome.restored, *outcome.vectors]
     reset = optimizers.reset([job.aliases(name) for name in repaired], note)
     report = OptimizerReport(
         job.options.optimizer, len(optimizers.states), reset, outcome.masters, written, optimizers.origin

@@ -1,15 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What a repair did, as data: the content of the ``*.pss.json`` file beside every repaired checkpoint.
 
-The schema is versioned by :data:`SCHEMA`. A field is never renamed or removed within a version; new ones may
-come.
+The file is one JSON object in UTF-8; all numbers are finite. ``[]`` stands for every element of a list, ``{}`` for
+every value of an object whose keys are names of tensors. A pair is a list of two.
+
+- ``schema`` (text): name and version of this description, see below.
+- ``version`` (text): version of the program that wrote the file.
+- ``source`` (text or null): path of the input; null for a state dict in memory.
+- ``output`` (text or null): path of the result; null where nothing was written.
+- ``format`` (text): the checkpoint's format in words; ``state_dict`` for a state dict in memory.
+- ``options`` (object): what was asked for, one entry per field of :class:`~pss_param.RepairOptions`; a function is
+  written as its name, a state dict given as the reference as ``state dict``.
+- ``tensors`` (list of objects): the targets, in the checkpoint's order.
+- ``tensors[].name`` (text): its key.
+- ``tensors[].role`` (text): what it does in the model, such as ``q`` or ``down``.
+- ``tensors[].block`` (integer or null): index of its layer.
+- ``tensors[].dtype`` (text): stored type, as torch calls it.
+- ``tensors[].shape`` (list of integers): stored shape.
+- ``tensors[].changed`` (true or false): whether its bytes differ from the input's.
+- ``tensors[].relative_change`` (number): Frobenius norm of the change over that of the input, after the cast to the
+  stored type; dimensionless.
+- ``tensors[].matrices`` (list of objects): the matrices it acts as; one for a linear layer, many for stacked experts.
+- ``tensors[].matrices[].part`` (text): which matrix, such as ``q`` or ``[3]``; empty where the tensor is one matrix.
+- ``tensors[].matrices[].shape`` (pair of integers): rows and columns.
+- ``tensors[].matrices[].stable_rank`` (pair of numbers): before and after, measured on what is stored; dimensionless.
+- ``tensors[].matrices[].spectral_norm`` (pair of numbers): before and after; in the units of the weight.
+- ``tensors[].matrices[].k`` (integer): how many singular values were brought down.
+- ``tensors[].matrices[].edge`` (number): the level they were brought to; in the units of the weight.
+- ``tensors[].matrices[].residual`` (number): largest residual of the dominant directions, over the spectral norm;
+  dimensionless.
+- ``tensors[].matrices[].converged`` (true or false): whether every residual reached the asked tolerance.
+- ``tensors[].matrices[].note`` (text): why nothing was changed, or empty.
+- ``tensors[].digest`` (text): SHA-256 in hexadecimal of the new values in row-major order; empty where nothing changed.
+- ``skipped`` (object of texts): the other tensors, in the checkpoint's order, with the reason.
+- ``seconds`` (number): wall time of the repair, in seconds.
+- ``restored`` (object of objects): tensors that were taken from the reference because they held NaN or infinity.
+- ``restored{}.nonfinite`` (integer): how many of its values were not finite.
+- ``restored{}.digest`` (text): as ``tensors[].digest``.
+- ``vectors`` (object of texts): norms and biases that a deep repair put back to their initial values; each with its
+  digest, as ``tensors[].digest``.
+- ``drift`` (list of objects): how far each target had moved from the reference before the repair; empty without one.
+- ``drift[].name`` (text): its key.
+- ``drift[].role`` (text): as ``tensors[].role``.
+- ``drift[].block`` (integer or null): index of its layer.
+- ``drift[].distance`` (number): Frobenius norm of the difference over that of the reference; dimensionless.
+- ``drift[].matrices`` (list of objects): the matrices it acts as.
+- ``drift[].matrices[].part`` (text): as ``tensors[].matrices[].part``.
+- ``drift[].matrices[].shape`` (pair of integers): rows and columns.
+- ``drift[].matrices[].stable_rank`` (pair of numbers): in the reference and here; dimensionless.
+- ``drift[].matrices[].spectral_norm`` (pair of numbers): in the reference and here; in the units of the weight.
+- ``optimizer`` (object): what was done to the optimizer's state.
+- ``optimizer.mode`` (text): what was asked for: ``keep``, ``reset`` or ``reset-all``.
+- ``optimizer.states`` (integer): how many optimizer states the checkpoint has.
+- ``optimizer.reset`` (list of texts): parameters whose state is initial now, by name, or by number where names were not
+  needed.
+- ``optimizer.masters`` (list of texts): keys of the float32 copies of weights that were repaired with them.
+- ``optimizer.written`` (object of texts): as ``tensors[].digest``, by key, of every tensor of it that was written.
+- ``optimizer.order`` (text): where the order of numbered parameters was taken from; empty where none was needed.
+
+The number at the end of ``schema`` rises when a field is renamed or removed, or changes its type or its meaning. New
+fields may come without that, so a reader passes over fields that it does not know, as :meth:`Report.from_json` does,
+and refuses a schema with another number.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pss_param.checkpoint.write import REPORT_SUFFIX
 from pss_param.version import __version__
@@ -42,6 +100,9 @@ class MatrixReport:
     residual: float
     converged: bool
     note: str = ""
+
+
+_M = TypeVar("_M", MatrixReport, "MatrixDrift")
 
 
 @dataclass(frozen=True)
@@ -171,6 +232,7 @@ class Report:
         restored: tensors taken from the reference, by name.
         drift: how far each target had moved from the reference before the repair; empty without one.
         optimizer: what was done to the optimizer's state.
+        vectors: digests by name of the norms and biases that a deep repair put back to their initial values.
 
     Example:
         >>> report = Report(None, None, "state_dict", {"edge": "bulk"}, (), {"ids": "integers"}, 0.0)
@@ -188,12 +250,13 @@ class Report:
     restored: Mapping[str, Restored] = field(default_factory=dict)
     drift: tuple[TensorDrift, ...] = ()
     optimizer: OptimizerReport = field(default_factory=OptimizerReport)
+    vectors: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
     schema: str = field(default=SCHEMA)
 
     @property
     def changed(self) -> tuple[str, ...]:
-        r"""Names of the tensors whose bytes differ from the input's."""
+        r"""Names of the targets whose bytes differ from the input's."""
         return tuple(tensor.name for tensor in self.tensors if tensor.changed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,7 +281,7 @@ class Report:
         r"""Read what :meth:`to_json` wrote.
 
         Args:
-            text: JSON of this schema.
+            text: JSON of this schema; fields that are not known here are passed over.
 
         Returns:
             An equal report.
@@ -237,16 +300,20 @@ class Report:
 
 
 def _parsed(content: Mapping[str, Any]) -> dict[str, Any]:
-    optimizer = content["optimizer"]
+    optimizer = _known(OptimizerReport, content["optimizer"])
     return {
-        **content,
+        **_known(Report, content),
         "tensors": tuple(_tensor(entry) for entry in content["tensors"]),
-        "restored": {name: Restored(**entry) for name, entry in content["restored"].items()},
+        "restored": {name: Restored(**_known(Restored, entry)) for name, entry in content["restored"].items()},
         "drift": tuple(_drift(entry) for entry in content["drift"]),
         "optimizer": OptimizerReport(
             **{**optimizer, "reset": tuple(optimizer["reset"]), "masters": tuple(optimizer["masters"])}
         ),
     }
+
+
+def _known(kind: type, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {known.name: entry[known.name] for known in fields(kind) if known.name in entry}
 
 
 def report_path(output: Path) -> Path:
@@ -266,17 +333,15 @@ def report_path(output: Path) -> Path:
 
 
 def _tensor(entry: Mapping[str, Any]) -> TensorReport:
-    matrices = tuple(_matrix(matrix) for matrix in entry["matrices"])
-    return TensorReport(**{**entry, "shape": tuple(entry["shape"]), "matrices": matrices})
-
-
-def _matrix(entry: Mapping[str, Any]) -> MatrixReport:
-    return MatrixReport(**{**entry, **_pairs(entry)})
+    matrices = tuple(_matrix(MatrixReport, matrix) for matrix in entry["matrices"])
+    return TensorReport(**{**_known(TensorReport, entry), "shape": tuple(entry["shape"]), "matrices": matrices})
 
 
 def _drift(entry: Mapping[str, Any]) -> TensorDrift:
-    return TensorDrift(**{**entry, "matrices": tuple(MatrixDrift(**{**m, **_pairs(m)}) for m in entry["matrices"])})
+    matrices = tuple(_matrix(MatrixDrift, matrix) for matrix in entry["matrices"])
+    return TensorDrift(**{**_known(TensorDrift, entry), "matrices": matrices})
 
 
-def _pairs(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(entry[key]) for key in ("shape", "stable_rank", "spectral_norm")}
+def _matrix(kind: type[_M], entry: Mapping[str, Any]) -> _M:
+    pairs = {key: tuple(entry[key]) for key in ("shape", "stable_rank", "spectral_norm")}
+    return kind(**{**_known(kind, entry), **pairs})

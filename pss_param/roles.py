@@ -96,6 +96,22 @@ def plain_name(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
+def is_norm(word: str) -> bool:
+    """Tell whether a module is a norm, by its name.
+
+    Args:
+        word: the last word of the module's name.
+
+    Returns:
+        True where it is.
+
+    Example:
+        >>> is_norm("input_layernorm"), is_norm("ln_1"), is_norm("up_proj")
+        (True, True, False)
+    """
+    return bool(_NORM.search(word))
+
+
 def block_of(name: str) -> int | None:
     """Find the number of the block that holds a weight.
 
@@ -188,7 +204,7 @@ def _special_role(words: list[str], inside: bool) -> str:
         return "head"
     if any(_EMBEDDING.search(word) for word in (words[-1:] if inside else words)):
         return "embedding"
-    return "norm" if _NORM.search(words[-1]) else ""
+    return "norm" if is_norm(words[-1]) else ""
 
 
 def _block_role(own: list[str], words: list[str], names: Names) -> str:

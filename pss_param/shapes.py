@@ -146,6 +146,3 @@ SHAPES: dict[str, ShapeFunction] = {
     "second": second,
 }
 """Shapes that act on dominant singular values; any callable with the same signature will do in their place."""
-
-WHOLE_MATRIX_SHAPES = ("equal", "noise")
-"""Ablations that act on the whole matrix and ignore the edge."""

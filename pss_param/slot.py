@@ -16,6 +16,12 @@ the gate is open, saving puts the smoothed values over the raw ones that the mod
 closes the gate, because the new values owe nothing to the pending smoothing. No hooks are registered, so copies
 of the module have nothing that points back to the original.
 
+# Note [Attached is invisible to walkers]
+``parallelize_module`` applies its recipe to every module that ``named_modules`` of a layer yields, and fails on the
+containers of a parametrization; other tools count or pick layers there. So ``named_modules`` and ``modules`` of an
+attached model yield what they yield of the plain one. The views are still children: ``train``, ``to`` and checkpoints
+go through these.
+
 # Note [One class for all layers of a kind]
 Stock parametrize gives every module a class of its own. A compiler that guards on types would then compile each of
 a model's equal blocks anew, and give up at its limit after a few. So layers of one class whose views are over the
@@ -31,8 +37,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
+from pss_param.compiled import note_traced
 from pss_param.errors import ArgumentError, StateError
 from pss_param.sharded import is_sharded
 from pss_param.view import SmoothingView
@@ -42,8 +50,21 @@ __all__ = ["Slot", "occupied_slots"]
 _log = logging.getLogger("pss_param")
 
 
+class _InPlaceDict(nn.ModuleDict):
+    """The parametrizations of a module; see Note [Attached is invisible to walkers]."""
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if not all(isinstance(views, _InPlaceList) for views in self._modules.values()):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+
+
 class _InPlaceList(parametrize.ParametrizationList):
     """The parametrizations of a Parameter that stays with its owner; see the notes of this file."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        yield from ()
 
     @property
     def original(self) -> Tensor:  # type: ignore[override]
@@ -132,6 +153,7 @@ class Slot:
         views._parameters.clear()
         views.__dict__.update(_owner=module, _name=name)
         views.__class__ = _InPlaceList
+        module.parametrizations.__class__ = _InPlaceDict
         module._parameters.clear()
         module._parameters.update(before)
         setattr(type(module), name, _reader(name))
@@ -204,6 +226,8 @@ def _reader(name: str) -> property:
         stack = views._modules  # type: ignore[union-attr]
         if stack["0"].is_open or len(stack) > 1:  # type: ignore[union-attr]
             return views()  # type: ignore[misc,no-any-return]
+        if is_compiling():
+            note_traced(stack["0"].tag)  # type: ignore[union-attr,arg-type]
         return self._parameters[name]  # type: ignore[return-value]
 
     return property(read)

@@ -38,7 +38,7 @@ from pss_param.shapes import SHAPES, ShapeFunction, clip
 from pss_param.spectrum import DominantDirections, checked_matrices, dominant_directions
 
 WHOLE_MATRIX_SHAPES = ("equal", "noise")
-"""Ablations that act on the whole matrix and ignore the edge."""
+"""Shapes that act on the whole matrix: ``equal`` heeds no edge but ``init``, ``noise`` smooths nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def correction(
         (4.0, 2.0, 2.0)
     """
     if smoothing.shape == "equal":
-        return _equal(checked_matrices(W))
+        return _equal(checked_matrices(W), smoothing)
     if smoothing.shape == "noise":
         return _noise(checked_matrices(W), smoothing, generator)
     found, level = _dominant_set(W, smoothing, generator, init)
@@ -267,12 +267,28 @@ def _from_triplets(found: DominantDirections, level: Tensor, d: Tensor) -> Corre
     )
 
 
-def _equal(W: Tensor) -> Correction:
-    r"""All singular values equal at constant Frobenius norm: the MSign rule (arXiv 2602.01734), an ablation."""
+def _equal(W: Tensor, smoothing: Smoothing) -> Correction:
+    r"""All singular values equal at constant Frobenius norm, the MSign rule (arXiv 2602.01734).
+
+    With the edge ``init`` the Frobenius norm comes down to that of a fresh matrix, ``sqrt(m n) std``, where it is
+    above: the directions stay, and what a deadly learning rate did to shape and scale is undone.
+
+    Args:
+        W: matrices ``(..., m, n)``.
+        smoothing: its edge.
+
+    Returns:
+        The correction, of full rank.
+    """
     found = dominant_directions(W, rank=min(W.shape[-2:]))
     nonzero = found.S > torch.finfo(found.S.dtype).eps * max(W.shape[-2:]) * found.S[..., :1]
     count = nonzero.sum(dim=-1, keepdim=True).clamp_min(1)
-    level = (found.S.square().sum(dim=-1, keepdim=True) / count).sqrt()
+    level = torch.linalg.vector_norm(found.S.double(), dim=-1, keepdim=True)  # squares would leave float32
+    level = (level / count.sqrt()).to(found.S.dtype)
+    if smoothing.edge == "init":
+        m, n = W.shape[-2:]
+        fresh = smoothing.level(m, n) * math.sqrt(m * n) / (math.sqrt(m) + math.sqrt(n))
+        level = torch.minimum(level, fresh / count.to(level.dtype).sqrt())
     return _from_triplets(found, level[..., 0], torch.where(nonzero, found.S - level, torch.zeros_like(found.S)))
 
 

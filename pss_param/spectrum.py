@@ -203,15 +203,12 @@ def _gathered(
     found: list[Found], norms: Tensor, requests: list[Request], batch: torch.Size, like: Tensor
 ) -> DominantDirections:
     """Results of single matrices as one batch in the units of ``W``, padded with zeros to the largest ``k``."""
-    units = norms.to(like.dtype)
     width = max((one.verdict.k for one in found), default=0)
-    tops = [one.top for one in found]
-
-    def numbers(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
 
     def padded(name: str) -> Tensor:
         parts: list[Tensor] = [getattr(one, name) for one in found]
+        if len(parts) == 1:
+            return parts[0][None]
         if not parts:
             m, n = like.shape[-2:]
             return like.new_zeros({"U": (0, m, 0), "Vh": (0, 0, n)}.get(name, (0, 0)))
@@ -219,21 +216,31 @@ def _gathered(
         pads = [(0, 0, 0, gap) if name == "Vh" else (0, gap) for gap in missing]
         return torch.stack([torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
 
-    top = numbers([value or 1.0 for value in tops])
-    errors = [one.verdict.error for one in found]
+    sizes = norms.tolist()
+    lines = [
+        (
+            one.verdict.edge * size, stable_rank_of(one.top), one.top * size, one.verdict.bulk_edge * size,
+            one.verdict.error, size, 1 / (one.top or 1.0),
+        )
+        for one, size in zip(found, sizes, strict=True)
+    ]  # fmt: skip
+    table = torch.tensor(lines, dtype=like.dtype, device=like.device).reshape(-1, 7)
+    edge, stable, top, bulk_edge, error, unit, inverse_top = table.unbind(1)
     flat = DominantDirections(
         U=padded("U"),
-        S=padded("S") * units[:, None],
+        S=padded("S") * unit[:, None],
         Vh=padded("Vh"),
-        edge=numbers([one.verdict.edge for one in found]) * units,
+        edge=edge,
         k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device),
-        stable_rank=numbers([stable_rank_of(value) for value in tops]),
-        spectral_norm=numbers(tops) * units,
-        bulk_edge=numbers([one.verdict.bulk_edge for one in found]) * units,
-        residual=padded("residual") / top[:, None],
-        error=numbers(errors),
+        stable_rank=stable,
+        spectral_norm=top,
+        bulk_edge=bulk_edge,
+        residual=padded("residual") * inverse_top[:, None],
+        error=error,
         converged=torch.tensor(
-            [e <= r.tol for e, r in zip(errors, requests, strict=True)], device=like.device, dtype=torch.bool
+            [one.verdict.error <= r.tol for one, r in zip(found, requests, strict=True)],
+            device=like.device,
+            dtype=torch.bool,
         ),
     )
     return DominantDirections(*(_shaped(getattr(flat, f.name), batch) for f in fields(flat)))

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from pss_param.checkpoint.transfer import tensor_bytes
+from pss_param.edges import init
 from pss_param.errors import NonFiniteError
 from pss_param.finite import count_nonfinite
 from pss_param.lowrank import Correction
 from pss_param.options import RepairOptions, pick_device
 from pss_param.report import MatrixReport, TensorReport
-from pss_param.smoothing import correction
+from pss_param.smoothing import Smoothing, correction
 from pss_param.spectrum import spectral_norm, stable_rank
 from pss_param.targets import Target
+
+OUTSIDE = 2.0
+"""Level for matrices outside the blocks, over the spectral norm of a fresh one: heads of healthy runs stand out."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,15 @@ class Surgeon:
 
     Args:
         options: what to do.
+        outside: names of the targets outside the blocks, which only come down to :data:`OUTSIDE`.
 
     Raises:
         ArgumentError: the device is not there.
     """
 
-    def __init__(self, options: RepairOptions) -> None:
+    def __init__(self, options: RepairOptions, outside: frozenset[str] = frozenset()) -> None:
         r"""See the class."""
-        self.options = options
+        self.options, self.outside = options, outside
         self.device = pick_device(options.device)
 
     def smooth(
@@ -149,15 +154,20 @@ class Surgeon:
         return result
 
     def _correct(self, target: Target, part: Part, index: tuple[int, ...]) -> Correction:
-        rule = self.options.rule()
-        if rule.edge == "init" and rule.init_std is None:
-            rule = replace(rule, init_std=target.init_std)
+        rule = self._rule(target)
         if rule.edge == "reference" and part.healthy is not None:
             rule = replace(rule, reference=float(spectral_norm(part.healthy[index])))
         # One start per matrix: the result does not depend on which other tensors were chosen.
         seed = (zlib.crc32(f"{target.name}/{part.number}/{index}".encode()) ^ self.options.seed) & 0x7FFFFFFF
         generator = torch.Generator().manual_seed(seed)
         return correction(part.values[index], rule, generator=generator)
+
+    def _rule(self, target: Target) -> Smoothing:
+        rule = self.options.rule()
+        std = rule.init_std or target.init_std
+        if target.name in self.outside:
+            return Smoothing("clip", lambda W: OUTSIDE * init(W, std), tol=rule.tol)
+        return replace(rule, init_std=std) if rule.edge == "init" else rule
 
 
 def _describe(label: str, old: Tensor, new: Tensor, fix: Correction) -> MatrixReport:

@@ -63,6 +63,9 @@ __all__ = [
     "select_tensors",
 ]
 
+ONE_CHANNEL = "a kernel of one input channel may be depthwise; include it by name to take it as one matrix"
+"""Why such a kernel is skipped."""
+
 _NEVER_BY_PRESET = {
     "norm": "a normalisation weight",
     "lora": "a LoRA or adapter factor: smoothing one factor does not smooth the product",
@@ -176,7 +179,7 @@ class _Selector:
         if self.rules.preset != "all" and role in _NOT_IN_BLOCKS:
             return f"{_NOT_IN_BLOCKS[role]}, not in preset {self.rules.preset!r}"
         if weight.kind == "conv" and not weight.groups and weight.info.shape[1] == 1:
-            return "a kernel of one input channel may be depthwise; include it by name to take it as one matrix"
+            return ONE_CHANNEL
         leaf = weight.name.rsplit(".", 1)[-1]
         named = weight.kind or leaf.endswith("weight") or role not in _VAGUE_ROLES
         return "" if named else "a bare parameter of unknown use; include it by name to take it as a matrix"

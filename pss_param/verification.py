@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pss_param.checkpoint import Layout, open_checkpoint
-from pss_param.checkpoint.edit import first_difference, untouched
+from pss_param.checkpoint.checking import first_difference, untouched
 from pss_param.errors import CheckpointError
 from pss_param.finite import count_nonfinite
 from pss_param.options import Progress, ProgressHook, Stage
@@ -120,11 +120,11 @@ def reported_digests(report: Report) -> dict[str, str]:
         report: the report.
 
     Returns:
-        SHA-256 by key of every tensor that was written: weights, restored ones, and the optimizer's.
+        SHA-256 by key of every tensor that was written: weights, restored ones, vectors, and the optimizer's.
     """
     digests = {tensor.name: tensor.digest for tensor in report.tensors if tensor.changed}
     digests.update({name: restored.digest for name, restored in report.restored.items()})
-    return {**digests, **report.optimizer.written}
+    return {**digests, **report.vectors, **report.optimizer.written}
 
 
 def _check_digests(layout: Layout, digests: Mapping[str, str], progress: ProgressHook | None) -> Iterator[str]:
@@ -148,7 +148,7 @@ def _check_measures(layout: Layout, report: Report) -> Iterator[str]:
         exclude=tuple(options["exclude"]),
         per_head=options["per_head"],
     )
-    targets = make_plan(layout, rules).targets
+    targets = make_plan(layout, rules, deep=options.get("strength") == "deep").targets
     for name, tensor in wanted.items():
         if name not in targets:
             yield f"{name} is a target of the report, but is none here"

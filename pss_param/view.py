@@ -28,13 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pss_param.compiled import note_traced
 from pss_param.errors import NonFiniteError, StateError
 from pss_param.matricize import Matricization
 from pss_param.resharding import ThinSaving
 from pss_param.sharded import is_sharded, local_part, local_product
 from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing, correction
 
-__all__ = ["SmoothingView"]
+__all__ = ["SmoothingView", "inside_backward", "refuse_inside_backward"]
 
 
 class Factors(NamedTuple):
@@ -102,6 +103,9 @@ class SmoothingView(nn.Module):
         self.pending = _PendingReads()
         self.resting: Any = None
         self.thin: ThinSaving | None = None
+        # The views of one guard share both, so that it need not ask each of them at every step.
+        self.opened: set[str] = set()
+        self.tag = ""
 
     def forward(self, weight: Tensor) -> Tensor:
         r"""Return the weight itself, or the smoothed weight while the gate is open.
@@ -119,6 +123,7 @@ class SmoothingView(nn.Module):
         if not self.is_open:
             return weight
         if torch.compiler.is_compiling():
+            note_traced(self.tag)
             if self.factors is None:
                 raise StateError(
                     "a compiled program read an open view whose directions were not prepared; "
@@ -127,7 +132,7 @@ class SmoothingView(nn.Module):
             return self.apply_factors(weight, self.factors)
         if self.resting is not None and is_sharded(weight) and weight.device_mesh == self.resting:
             return weight  # Note [At rest and in forward] of resharding.py
-        recomputing = _inside_backward()
+        recomputing = inside_backward()
         if recomputing and not self.was_read:
             raise StateError(
                 f"the gate of {self.label} was opened between a forward pass and its backward pass, so "
@@ -162,6 +167,7 @@ class SmoothingView(nn.Module):
         if self.is_open:
             raise StateError(f"the gate of {self.label} is open already; fold or discard it first")
         self.is_open = True
+        self.opened.add(self.label)
 
     def fold_(self, weight: Tensor) -> None:
         r"""Write the smoothing into the stored weight, in place, and close the gate; nothing when it is closed.
@@ -198,6 +204,7 @@ class SmoothingView(nn.Module):
     def close(self) -> None:
         r"""Close the gate and forget the directions, whatever is pending: the weight was replaced from outside."""
         self.is_open, self.was_read, self.factors = False, False, None
+        self.opened.discard(self.label)
         self.pending = _PendingReads()
         self.resting = None
         if self.thin is not None:
@@ -348,13 +355,25 @@ def refuse_inside_backward(what: str) -> None:
     Raises:
         StateError: If a backward pass is running in this thread.
     """
-    if _inside_backward():
+    if inside_backward():
         raise StateError(f"{what} while a backward pass runs; do it after backward() has returned")
 
 
-def _inside_backward() -> bool:
-    # The same question that torch.utils.checkpoint asks; torch has no public name for it.
-    return bool(torch._C._current_graph_task_id() != -1)
+# The same question that torch.utils.checkpoint asks; torch has no public name for it.
+_graph_task = torch._C._current_graph_task_id
+
+
+def inside_backward() -> bool:
+    r"""Tell whether a backward pass runs in this thread.
+
+    Returns:
+        Whether one does.
+
+    Example:
+        >>> inside_backward()
+        False
+    """
+    return bool(_graph_task() != -1)
 
 
 def _pad(pair: Factors, rank: int) -> Factors:

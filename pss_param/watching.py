@@ -10,6 +10,7 @@ one and the same ceiling again and again. A loop that clips should call ``guard.
 
 import logging
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Watch", "refuse_line_search"]
 
 _log = logging.getLogger("pss_param")
+_LBFGS_GLOBALS = vars(sys.modules[torch.optim.LBFGS.__module__])
 
 
 class Watch:
@@ -109,7 +111,7 @@ def refuse_line_search(optimizer: object = None) -> None:
     Raises:
         StateError: If the optimizer is :class:`torch.optim.LBFGS` or its step is among the callers.
     """
-    if isinstance(optimizer, torch.optim.LBFGS) or (optimizer is None and _inside_lbfgs()):
+    if _inside_lbfgs() if optimizer is None else isinstance(optimizer, torch.optim.LBFGS):
         raise StateError(
             "LBFGS compares losses of several evaluations within one step, and a fold between two of them would "
             "change the function under its search; guard optimizers that take one gradient a step"
@@ -117,9 +119,10 @@ def refuse_line_search(optimizer: object = None) -> None:
 
 
 def _inside_lbfgs() -> bool:
-    module, frame = torch.optim.LBFGS.__module__, sys._getframe(2)
-    while frame.f_back is not None:
-        if frame.f_globals.get("__name__") == module:
+    # Frames are told by their globals: looking a name up in each would fetch one more dictionary from memory.
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals is _LBFGS_GLOBALS:
             return True
         frame = frame.f_back
     return False

@@ -20,7 +20,7 @@ RepairOptions Report ScanReport Selection Skipped Smoothing SmoothingView Stable
 Target TargetRules TensorInfo Verdict Verification __version__ attach compare_checkpoints correction
 detach dominant_directions export export_checkpoint open_checkpoint plain_state_dict
 repair_checkpoint repair_state_dict scan_checkpoint select_parameters select_tensors smooth
-spectral_norm stable_rank verify_checkpoint write_param_order"""
+spectral_norm stable_rank stable_rank_estimate verify_checkpoint write_param_order"""
 
 SELECTION = {"--targets", "--include", "--exclude", "--per-head", "--device", "--threads", "--json", "--help"}
 OPTIONS = {
@@ -28,6 +28,7 @@ OPTIONS = {
     | {
         *("--output", "--force", "--dry-run", "--smoothing", "--edge", "--rank", "--init-std", "--seed", "--reference"),
         *("--nonfinite", "--where", "--drifted-below", "--optimizer", "--param-order", "--verify", "--no-verify"),
+        "--strength",
     },
     "scan": SELECTION | {"--skipped", "--reference"},
     "compare": SELECTION,

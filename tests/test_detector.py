@@ -79,6 +79,24 @@ def test_statistics_stay_float64_whatever_happens_to_the_model_around_them():
     assert detector.count.dtype == torch.int64
 
 
+def test_the_state_is_two_float64_exact_numbers_and_a_wrong_one_is_refused():
+    detector, twin = AnyOf(GradientNormRatio()), AnyOf(GradientNormRatio())
+    for norm in (0.1, 0.7, 1 / 3):
+        detector.observe(norm)
+    state = detector.state_dict()
+    assert {key: value.dtype for key, value in state.items()} == {
+        "members.0.average": torch.float64,
+        "members.0.count": torch.int64,
+    }
+    twin.load_state_dict(state)
+    assert twin.members[0].observe(2.0) == detector.members[0].observe(2.0)
+    assert state["members.0.count"] != detector.members[0].count, "a saved state must not follow the detector"
+    with pytest.raises(RuntimeError, match=r"Missing.*members\.0\.count"):
+        twin.load_state_dict({"members.0.average": torch.tensor(1.0)})
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        twin.load_state_dict({**state, "members.0.other": torch.tensor(1.0)})
+
+
 def test_all_zero_norms_are_quiet_and_the_first_real_one_is_seen():
     detector = GradientNormRatio(settle=2)
     assert [detector.observe(0.0).ratio for _ in range(3)] == [1.0, 1.0, 1.0]
@@ -133,16 +151,54 @@ def run_floor(detector, weights, steps):
     return verdicts
 
 
-def test_floor_names_the_weights_that_fell_and_only_at_its_period():
+def test_floor_names_the_weights_that_fell_as_long_as_they_are_low():
     torch.manual_seed(0)
     weights = {name: (torch.randn(24, 24),) for name in ("a", "b", "c")}
-    detector = StableRankFloor(fraction=0.5, period=4)
+    detector = StableRankFloor(fraction=0.5)
     detector.bind(lambda: weights)
     weights["b"][0].add_(torch.outer(torch.randn(24), torch.randn(24)))
     verdicts = run_floor(detector, weights, 24)
-    assert [index for index, verdict in enumerate(verdicts, 1) if verdict.triggered][-1] == 24
+    assert all(verdict.triggered for verdict in verdicts[-10:])
     assert all(verdict.names == ("b",) for verdict in verdicts if verdict.triggered)
-    assert not any(verdict.triggered for index, verdict in enumerate(verdicts, 1) if index % 4)
+
+
+def looked_at(detector, weights, steps):
+    return [step for step in range(1, steps + 1) if detector.look(lambda: weights)[0].numel()]
+
+
+def test_floor_looks_often_at_first_and_after_a_trigger_and_at_its_period_at_last():
+    weights = {"a": (torch.eye(8),)}
+    detector = StableRankFloor(period=4)
+    detector.bind(lambda: weights)
+    first = looked_at(detector, weights, 80)
+    assert first[:19] == list(range(1, 20))
+    assert {later - sooner for sooner, later in zip(first[-6:], first[-5:], strict=False)} == {4}
+    detector.fired = detector.step
+    assert looked_at(detector, weights, 10) == list(range(1, 11))
+
+
+def test_floor_follows_a_slow_fall_and_not_a_fast_one():
+    torch.manual_seed(0)
+    spread = torch.linspace(1, 0.5, 16)
+    weights = {"a": (torch.diag(spread).contiguous(),)}
+    detector = StableRankFloor(period=1, decay=0.99)
+    detector.bind(lambda: weights)
+    start = float(detector.baseline)
+    for step in range(600):
+        weights["a"][0][0, 0] = 1 + 2 * step / 600
+        assert not run_floor(detector, weights, 1)[0].triggered
+    assert float(detector.baseline) < 0.6 * start
+    lowered = float(detector.baseline)
+    weights["a"][0][0, 0] = 12.0
+    assert all(verdict.triggered for verdict in run_floor(detector, weights, 50)[-40:])
+    assert float(detector.baseline) == pytest.approx(lowered, rel=0.05)
+
+
+def test_floor_waits_for_weights_without_values():
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: {"a": (torch.empty(8, 8, device="meta"),)})
+    assert not run_floor(detector, {"a": (torch.eye(8),)}, 1)[0].triggered
+    assert detector.baseline.tolist() == pytest.approx([2.0])
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan])
@@ -202,3 +258,14 @@ def test_any_of_joins_names_reasons_and_keeps_every_statistic_current():
     assert "stable rank" in both.reason
     assert both.ratio == pytest.approx(9.0)
     assert int(ratio.count) == 17
+
+
+def test_floor_lets_an_orthogonal_matrix_become_an_ordinary_one():
+    torch.manual_seed(0)
+    square = torch.linalg.qr(torch.randn(64, 64)).Q.contiguous()
+    weights = {"a": (square,)}
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: weights)
+    assert detector.baseline.tolist() == pytest.approx([16.0])
+    weights["a"][0].copy_(torch.randn(64, 64) / 8)
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 30))

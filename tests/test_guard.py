@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
+from pss_param import compiled
 from pss_param.attaching import attach
 from pss_param.detector import AnyOf, Detector, GradientNormRatio, Verdict
 from pss_param.errors import ArgumentError, NonFiniteError, StateError
@@ -531,3 +532,79 @@ def test_a_compiled_program_that_was_not_announced_says_what_to_do():
     guard.step(1.0)
     with pytest.raises(Exception, match="prepare='eager'"):
         loss_of(compiled)
+
+
+def fires_eagerly(model, guard, run):
+    """Whether the directions exist right after the trigger."""
+    loss_of(run).backward()
+    assert guard.step().triggered
+    made = [view.factors is not None for view in guard.views.values()]
+    guard.discard()
+    model.zero_grad()
+    assert len(set(made)) == 1
+    return made[0]
+
+
+class Bystander(Net):
+    """A model that nothing compiled reads."""
+
+
+@pytest.mark.parametrize("how", ["wrapper", "function", "in place", "one layer"])
+def test_directions_come_early_where_compiled_programs_read_such_a_model_and_nowhere_else(how, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "_traced", set())
+    model, other = net(), Bystander()
+    guard, bystander = (attach(each, detector=OnSteps(1, 2)) for each in (model, other))
+    run = model
+    if how == "wrapper":
+        run = torch.compile(model, fullgraph=True, backend=CompileCounter())
+    elif how == "function":
+        run = torch.compile(lambda tokens: model(tokens), fullgraph=True, backend=CompileCounter())
+    else:
+        (model if how == "in place" else model.blocks[0]).compile(fullgraph=True, backend=CompileCounter())
+    assert fires_eagerly(model, guard, run)
+    assert not fires_eagerly(other, bystander, other), "what else the process has compiled must not matter"
+    assert list(attach(net()).state_dict()["counters"]) == [*("steps", "triggers", "nonfinite", "resting"), "compiled"]
+
+
+def test_the_models_of_a_sweep_share_one_graph_though_each_has_a_guard_of_its_own():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    forward = torch.compile(lambda model, tokens: model(tokens), fullgraph=True, backend=counter)
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    for seed in range(12):  # more than the compiler puts up with
+        model = net(seed)
+        guard = attach(model)
+        forward(model, tokens)
+        guard.detach()
+        attach(model)
+        forward(model, tokens)
+    assert counter.frame_count == 1
+
+
+def test_a_resumed_run_knows_that_its_model_was_compiled(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "_traced", set())
+    model, twin = net(), Bystander()
+    guard, second = (attach(each, detector=OnSteps(1)) for each in (model, twin))
+    loss_of(torch.compile(model, backend=CompileCounter()))
+    old = second.state_dict()
+    second.load_state_dict(guard.state_dict())
+    assert fires_eagerly(twin, second, twin)
+    del old["counters"]["compiled"]  # as saved before there was such an entry
+    monkeypatch.setattr(compiled, "_traced", set())
+    third_model = net()
+    third = attach(third_model, detector=OnSteps(1))
+    third.load_state_dict(old)
+    assert not fires_eagerly(third_model, third, third_model)
+
+
+def test_views_opened_by_hand_count_as_open():
+    model = net()
+    guard = attach(model)
+    guard.views[NAMES[2]].open()
+    assert guard.is_open
+    loss_of(model).backward()
+    assert not guard.step().triggered
+    assert not guard.is_open
+    assert guard.views[NAMES[2]].openings == 1

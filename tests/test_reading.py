@@ -9,13 +9,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pss_param.attaching import attach
 from pss_param.detector import AnyOf, GradientNormRatio
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.floor import StableRankFloor
 from pss_param.policy import GuardPolicy
-from pss_param.reading import Reading
+from pss_param.reading import Reading, read_now
 
 NORMS = [1.0, 1.1, 0.9, 1.0, 6.0, 1.0, 1.1, 9.0, 1.0, 1.0]
 
@@ -128,6 +129,79 @@ def test_a_resumed_run_knows_the_number_that_was_under_way():
 def test_a_spike_that_is_gone_cannot_be_clipped():
     with pytest.raises(ArgumentError, match="on_trigger must be 'smooth'"):
         GuardPolicy(deferred=True, on_trigger="smooth_and_skip")
+
+
+READING = {"item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy", "equal"}
+
+
+class Reads(TorchFunctionMode):
+    """Notes every tensor whose value the host waits for, and counts the other operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.others = [], 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READING:
+            self.read.append(args[0])
+        elif func not in ASKING:
+            self.others += 1
+        return func(*args, **(kwargs or {}))
+
+
+ASKING = {torch.Tensor.numel, torch.Tensor.requires_grad.__get__, torch.Tensor.grad.__get__}
+
+
+def test_a_quiet_step_reads_the_norm_and_touches_no_other_tensor():
+    model, guard = guarded()
+    for _ in range(4):
+        backward(model)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with Reads() as seen:
+            event = guard.step(norm)
+        assert not event.triggered
+        assert len(seen.read) == 1
+        assert seen.read[0] is norm
+        assert seen.others == 0
+
+
+def test_between_two_measurements_the_floor_adds_no_read_of_a_weight():
+    model, guard = guarded(AnyOf(GradientNormRatio(settle=2), StableRankFloor(period=100)))
+    guard.detector.members[1].step = guard.detector.members[1].seen = 1000  # long after the dense looks at the start
+    backward(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with Reads() as seen:
+        guard.step(norm)
+    assert len(seen.read) == 1
+    assert seen.read[0] is norm
+
+
+def test_measurements_are_read_together_with_the_norm():
+    _, guard = guarded(AnyOf(GradientNormRatio(settle=2), StableRankFloor(period=1)))
+    looks = guard.detector.look(guard._matrices)
+    with Reads() as seen:
+        norm, (ranks,) = read_now(torch.tensor(2.0), looks)
+    assert (norm, len(ranks)) == (2.0, 2)
+    assert len(seen.read) == 1
+
+
+def test_a_deferred_step_reads_what_the_step_before_has_sent_and_nothing_else():
+    model, guard = guarded(deferred=True)
+    sent = None
+    for _ in range(4):
+        backward(model)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with Reads() as seen:
+            guard.step(norm)
+        assert [id(tensor) for tensor in seen.read] == ([] if sent is None else [id(sent)])
+        sent = guard._deferred._packed
+
+
+def test_a_norm_of_several_numbers_is_refused():
+    model, guard = guarded()
+    backward(model)
+    with pytest.raises(ArgumentError, match="one number"):
+        guard.step(torch.ones(3))
 
 
 def test_values_come_back_in_their_order():

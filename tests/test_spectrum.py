@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 from spectra import corpus, exact_bulk_level, exact_clip, gaussian, power, with_spectrum
 
 from pss_param.errors import ArgumentError, NonFiniteError
-from pss_param.spectrum import STABLE_RANK_SLACK, dominant_directions, spectral_norm, stable_rank
+from pss_param.estimate import stable_rank_estimate
+from pss_param.spectrum import (
+    STABLE_RANK_SLACK,
+    dominant_directions,
+    spectral_norm,
+    stable_rank,
+)
 
 CORPUS = corpus()
 
@@ -196,3 +203,40 @@ def test_nonfinite_input_raises(bad):
     W[2, 3, 4] = bad
     with pytest.raises(NonFiniteError):
         dominant_directions(W)
+
+
+@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_estimate_is_never_below_the_stable_rank_and_comes_down_to_it(name, dtype, global_random_state_untouched):
+    if name in ("huge", "tiny") and dtype == torch.float32:
+        pytest.skip("squares of the norm leave float32")
+    W, x, seen = CORPUS[name].to(dtype), None, []
+    exact = float(stable_rank(W))
+    for step in range(60):
+        estimate, x = stable_rank_estimate(W if step % 2 == 0 else W.mT, x)
+        seen.append(float(estimate))
+    if name == "zero":
+        assert math.isnan(seen[-1])
+        return
+    assert min(seen) >= exact * (1 - 3e-4)
+    assert seen[-1] <= exact * 1.2
+    assert all(late <= early * (1 + 1e-4) for early, late in pairwise(seen))
+
+
+def test_estimates_of_a_batch_are_those_of_its_matrices():
+    W = torch.stack([gaussian(20, 30, seed) for seed in range(6)]).float().reshape(2, 3, 20, 30)
+    together = stable_rank_estimate(W)
+    assert together.stable_rank.shape == (2, 3)
+    assert together.vector.shape == (2, 3, 20, 1)
+    alone = torch.stack([stable_rank_estimate(one).stable_rank for one in W.reshape(6, 20, 30)])
+    torch.testing.assert_close(together.stable_rank.reshape(6), alone)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_an_estimate_recovers_from_a_weight_that_was_no_weight(bad):
+    x = stable_rank_estimate(torch.full((12, 12), bad)).vector
+    assert torch.isfinite(x).all()
+    W = with_spectrum(12, 12, power(12, 1.0)).float()
+    for step in range(40):
+        estimate, x = stable_rank_estimate(W.mT if step % 2 == 0 else W, x)
+    assert float(estimate) == pytest.approx(float(stable_rank(W)), rel=1e-3)

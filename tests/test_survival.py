@@ -190,7 +190,9 @@ def test_control_c(tmp_path, kind):
     source = make(tmp_path, kind)
     names = sorted(os.listdir(tmp_path))
     slow = (
-        "import sys, time\nfrom pss_param.checkpoint import streaming\nfrom pss_param.cli import main\n"
+        # A shell starts its background jobs with the signal ignored, and children inherit that.
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pss_param.checkpoint import streaming\nfrom pss_param.cli import main\n"
         "real = streaming.write_all\n"
         "def slow(*args):\n    real(*args)\n    time.sleep(20)\n"
         "streaming.write_all = slow\nmain(sys.argv[1:])\n"

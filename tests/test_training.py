@@ -60,8 +60,13 @@ def test_the_plain_run_dies_though_it_clips():
     assert tiny_gpt.mean_of_last(plain_loop(model, None, optimizer)) > DEAD
 
 
-def test_the_guarded_run_lives_and_seldom_smooths():
+def test_the_guarded_run_lives():
     model, guard, optimizer = start()
+    assert tiny_gpt.mean_of_last(plain_loop(model, guard, optimizer)) < ALIVE
+
+
+def test_the_published_detector_keeps_it_alive_too_and_seldom_smooths():
+    model, guard, optimizer = start(detector=GradientNormRatio())
     assert tiny_gpt.mean_of_last(plain_loop(model, guard, optimizer)) < ALIVE
     assert 1 <= guard.triggers <= 5
 
@@ -75,7 +80,7 @@ def test_scaler_accumulation_bf16_and_recomputation_work_together():
 
 @pytest.mark.slow
 def test_scaler_accumulation_bf16_and_recomputation_live_too():
-    model, guard, optimizer = start(recompute=True)
+    model, guard, optimizer = start(recompute=True, detector=GradientNormRatio())
     assert tiny_gpt.mean_of_last(scaled_bf16_accumulating_loop(model, guard, optimizer)) < ALIVE
     assert 1 <= guard.triggers <= 5
 
@@ -154,7 +159,7 @@ def test_watch_is_idempotent_and_ends_with_its_handle_or_the_guard():
 def test_watch_under_a_scaler_sees_true_gradients_and_skips_with_it(fused):
     model = tiny_gpt.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
-    guard = attach(model)
+    guard = attach(model, detector=GradientNormRatio())
     guard.watch(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     seen = []

@@ -239,6 +239,19 @@ def test_a_foreign_parametrization_on_another_tensor_lives_on():
     assert torch.equal(layer.bias, bias)
 
 
+def test_walkers_over_modules_see_the_plain_model():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = list(model.named_modules())
+    Slot(model[0], "weight").put(SmoothingView())
+    assert list(model.named_modules()) == plain
+    assert list(model.modules()) == [module for _, module in plain]
+    parametrize.register_parametrization(model[0], "bias", nn.Softplus())
+    assert sum(isinstance(module, nn.Softplus) for module in model.modules()) == 1
+    assert not any(isinstance(module, SmoothingView) for module in model.modules())
+    model.eval()
+    assert not model[0].parametrizations.weight[0].training
+
+
 def test_a_foreign_parametrization_on_the_weight_is_refused_and_one_on_top_is_applied():
     layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     with pytest.raises(ArgumentError, match="remove that parametrization"):

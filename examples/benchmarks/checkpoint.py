@@ -4,9 +4,12 @@
     python examples/benchmarks/checkpoint.py --gigabytes 8 --json checkpoint.json
 
 Repair and `cp -r` take turns on the same folder. Before each, the source's pages are dropped from the cache and
-everything dirty is written back. Copying dominates here: a few of the many matrices are repaired. `cp` does not
-wait for the disk and a repair does (fsync), so `cp` followed by `sync` on its result is timed as well.
-Memory is the peak of a process that repairs, above that of one that only imports torch.
+everything dirty is written back. Copying dominates here: one of the many matrices is repaired. A repair ends when
+everything is on the disk (fsync), `cp` when it is in memory: `ratio_to_cp` compares these although the repair does
+more, `ratio_to_cp_and_sync` compares with `cp` followed by `sync` on its result.
+Bytes are the kernel's counts for the process (/proc/self/io) without its imports, as multiples of the checkpoint's:
+`asked` is what it read through the page cache or from the disk, `fetched` what came from the disk, `written` what it
+wrote. Memory is the peak of a process that repairs, above that of one that only imports torch.
 """
 
 import argparse
@@ -32,12 +35,16 @@ BASE = f"import json, torch; print(json.dumps({{'peak': {PEAK}}}))"
 WORK = f"""
 import json, sys, time
 import pss_param as pss
-start = time.perf_counter()
+count = lambda: {{key: int(value) for key, value in (line.split(": ") for line in open("/proc/self/io"))}}
+before, start = count(), time.perf_counter()
 verify = sys.argv[3] == "verify"
 options = pss.RepairOptions(targets="none", include=("layers.0.self_attn.q_proj",), verify=verify, device="cpu")
 report = pss.repair_checkpoint(sys.argv[1], sys.argv[2], options)
-print(json.dumps({{"seconds": time.perf_counter() - start, "changed": len(report.changed), "peak": {PEAK}}}))
+seconds, after = time.perf_counter() - start, count()
+moved = {{key: after[key] - before[key] for key in ("rchar", "wchar", "read_bytes")}}
+print(json.dumps({{"seconds": seconds, "changed": len(report.changed), "peak": {PEAK}, **moved}}))
 """
+IO = {"asked": "rchar", "fetched": "read_bytes", "written": "wchar"}
 
 
 def make(folder: Path, gigabytes: float) -> int:
@@ -97,6 +104,7 @@ def turn(source: Path, result: Path) -> dict[str, float]:
         outcome = child(sys.executable, "-c", WORK, str(source), str(result), mode)
         row[mode], row[f"{mode}_process"], row[f"{mode}_peak"] = outcome["seconds"], outcome["wall"], outcome["peak"]
         row["changed"] = outcome["changed"]
+        row |= {f"{mode}_{word}": outcome[key] for word, key in IO.items()}
     settle(source, result)
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(result)], check=True)
@@ -143,11 +151,18 @@ def measure(place: Path, gigabytes: float, runs: int) -> dict[str, object]:
         "peak_bound": 4 * largest + 300_000_000,
         "peak_within_bound": above <= 4 * largest + 300_000_000,
         "median_seconds": middle,
+        "bytes_per_byte": {
+            mode: {word: middle[f"{mode}_{word}"] / size for word in IO} for mode in ("verify", "no-verify")
+        },
         "ratio_to_cp": {key: middle[key] / middle["cp"] for key in ("verify", "no-verify")},
         "ratio_to_cp_and_sync": {key: middle[key] / middle["cp_sync"] for key in ("verify", "no-verify")},
         "runs": rows,
         "versions": {"pss_param": pss_param.__version__, "torch": torch.__version__, "python": sys.version.split()[0]},
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
     }
 
 

@@ -4,7 +4,22 @@
 All times of one line come from one process, taken in turns (plain, guarded, floor, triggered, plain, ...), so that a
 busy machine slows them alike; medians. Two measures of the quiet guard are given, because a share of 0.1 % drowns in
 the noise of whole steps: the time spent inside `guard.step` and in reading closed views, over the plain step; and the
-ratio of whole steps. Run it as
+ratio of whole steps. Figures of a line (shares and ratios are of one plain step, 1 = as long as that step):
+
+    quiet_guard_seconds      inside guard.step(norm) when GradientNormRatio does not fire, caches as the step left them
+    quiet_guard_share        the same, and reading closed views, as a share; goal 0.002
+    quiet_step_ratio         whole guarded steps over plain ones; noise included
+    floor_share              StableRankFloor at its default period, per step; goal 0.01. More often at first and
+                             after a trigger, at most at every step: period times as much
+    triggered_ratio_fresh    a step whose forward pass reads open gates on all weights, over a plain one: fresh weights
+    triggered_ratio_trained  the same after some steps of training; goal 2.4 (published), aim 1.2
+    triggered_ratio_collapsed  the same where four directions have taken over every weight (stable rank about 5), as
+                             where a detector fires; directions that are few cost less to find in larger matrices
+    total_share_at_published_rate  quiet_guard_share + 0.0025 x (triggered_ratio_trained - 1); goal 0.002
+    seconds                  what this line took
+
+The smallest size takes about half a minute, the largest CPU size a few minutes, compiled ones a minute more for the
+compiler. Run it on a machine with nothing else to do:
 
     python examples/benchmarks/overhead.py [--sizes small,medium,large] [--modes eager,compiled] [--rounds 8]
 """
@@ -89,7 +104,9 @@ class Bench:
         self.size, self.device = size, device
         self.model = GPT(size).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
-        self.guard = pss.attach(self.model, policy=pss.GuardPolicy(max_trigger_rate=1))
+        self.guard = pss.attach(
+            self.model, detector=pss.GradientNormRatio(), policy=pss.GuardPolicy(max_trigger_rate=1)
+        )
         self.run = torch.compile(self.model) if compiled else self.model
         self.calls = 0
 
@@ -134,6 +151,7 @@ class Bench:
         floor.bind(self.guard._matrices)
         self.wait()
         start = time.perf_counter()
+        floor.step = floor.seen = 1 << 20  # long after its dense looks at the start
         for _ in range(floor.period):
             looks = [look.tolist() for look in floor.look(self.guard._matrices)]
             floor.judge(1.0, looks)
@@ -160,8 +178,21 @@ def triggered_ratio(bench: Bench, rounds: int) -> tuple[float, float]:
     return statistics.median(f / p for f, p in zip(fired, plain, strict=True)), statistics.median(plain)
 
 
+@torch.no_grad()
+def collapse(bench: Bench) -> None:
+    """Give every guarded weight four directions that hold most of its energy: a stable rank of about 5."""
+    source, strengths = torch.Generator().manual_seed(1), torch.tensor([1.0, 0.9, 0.8, 0.7])
+    weights = dict(bench.model.named_parameters())
+    for name in bench.guard.views:
+        m, n = weights[name].shape
+        left = torch.linalg.qr(torch.randn(m, 4, generator=source)).Q
+        right = torch.linalg.qr(torch.randn(n, 4, generator=source)).Q.T
+        weights[name].add_((left * strengths @ right).to(bench.device), alpha=float(weights[name].norm()) / 1.5)
+
+
 def measure(name: str, device: str, mode: str, rounds: int) -> dict[str, object]:
     """All figures of one size."""
+    began = time.perf_counter()
     bench = Bench(SIZES[name], device, mode == "compiled")
     for _ in range(2):
         bench.timed(True)
@@ -178,6 +209,8 @@ def measure(name: str, device: str, mode: str, rounds: int) -> dict[str, object]
     for _ in range(3 * rounds):  # on to where weights look as they do when a detector fires
         bench.timed(True)
     trained, _ = triggered_ratio(bench, rounds)
+    collapse(bench)
+    collapsed, _ = triggered_ratio(bench, max(2, rounds // 2))
     quiet = (statistics.median(inner) + bench.read_seconds()) / step
     rate = (bench.guard.triggers - before[1]) / max(1, bench.guard.steps - before[0])
     return {
@@ -186,14 +219,17 @@ def measure(name: str, device: str, mode: str, rounds: int) -> dict[str, object]
         **asdict(SIZES[name]),
         "weights": len(bench.guard.views),
         "step_seconds": step,
+        "quiet_guard_seconds": statistics.median(inner),
         "quiet_guard_share": quiet,
         "quiet_step_ratio": statistics.median(whole),
         "floor_share": statistics.median(floor) / step,
         "triggered_ratio_fresh": fresh,
         "triggered_ratio_trained": trained,
+        "triggered_ratio_collapsed": collapsed,
         "trained_steps": bench.calls,
         "trigger_rate_here": rate,
         "total_share_at_published_rate": quiet + 0.0025 * (trained - 1),
+        "seconds": time.perf_counter() - began,
     }
 
 
@@ -201,14 +237,17 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--sizes", default="gpt2" if device == "cuda" else "small,medium,large")
-    parser.add_argument("--modes", default="eager,compiled")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    sizes = "gpt2" if device == "cuda" else "small,medium,large"
+    parser.add_argument("--sizes", default=sizes, help=f"of {', '.join(SIZES)}, with commas between (%(default)s)")
+    parser.add_argument("--modes", default="eager,compiled", help="of eager and compiled (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each kind (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the file for the results (results/overhead.json)")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    head = {"pss_param": pss.__version__, "torch": torch.__version__, "device": processor, "seed": 0}
-    head |= {"threads": torch.get_num_threads(), "rounds": options.rounds}
+    head = {"pss_param": pss.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    head |= {"device": processor, "seed": 0, "threads": torch.get_num_threads(), "rounds": options.rounds}
     print(json.dumps(head))
     lines = []
     for name in options.sizes.split(","):

@@ -2,8 +2,9 @@
 r"""Bytes on disk: one module per format behind :class:`Layout`, one writer for all."""
 
 from .edit import Editor
-from .layout import Chunk, Layout, StoredTensor
+from .layout import Layout
 from .sniff import open_checkpoint
+from .stored import Chunk, StoredTensor
 from .write import StagedFile, write_file
 
 __all__ = ["Chunk", "Editor", "Layout", "StagedFile", "StoredTensor", "open_checkpoint", "write_file"]

@@ -15,8 +15,9 @@ from pss_param.errors import CheckpointError
 from .archive import Record, mend_archive, sums_of
 from .dcp_metadata import Key, Piece, Recorded, read_metadata
 from .folder import walk
-from .layout import Chunk, Layout, StoredTensor
+from .layout import Layout
 from .pickled import MAX_PICKLE
+from .stored import Chunk, StoredTensor
 from .torch_content import CONTAINERS
 from .torch_tensors import View, tensor_of
 from .torch_zip import read_torch_zip

@@ -3,7 +3,7 @@ r"""A changed copy of a checkpoint: copy all bytes, patch some tensors, finish, 
 
 import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pss_param.errors import CheckpointError
 
-from .layout import Layout, load, store
+from .checking import first_damage, first_difference, untouched
+from .layout import Layout
 from .staged import StagedFolder, check_apart
+from .stored import load, store
 from .streaming import Advance, Streamer
-from .transfer import LOOK, read_into, tensor_bytes
+from .transfer import tensor_bytes
 from .write import StagedFile, check_not_source, no_space
 
 
@@ -38,6 +40,7 @@ class Editor:
         self.layout = layout
         self.patched: dict[str, list[tuple[int, int]]] = {}
         self._sums: dict[str, int] = {}
+        self._blocks: Mapping[str, Sequence[int]] = {}
         self._staged = _stage(layout, destination, force)
 
     def __enter__(self) -> "Editor":
@@ -52,12 +55,13 @@ class Editor:
     def _fd(self, file: str) -> int:
         return self._staged.fd(file) if isinstance(self._staged, StagedFolder) else self._staged.fd
 
-    def copy(self, advance: Advance, verify: bool = True) -> Mapping[str, int]:
+    def copy(self, advance: Advance, verify: bool = True, changing: Collection[str] = ()) -> Mapping[str, int]:
         r"""Take the disk space and copy all files of the source.
 
         Args:
             advance: told of every step's bytes.
-            verify: whether to read every block again after it was written.
+            verify: whether the copy is to be checked; see Note [One look while it is at hand].
+            changing: names of the tensors that are likely to be changed, so that work is saved; others may be, too.
 
         Returns:
             Number of NaN and infinite elements by tensor name, of the tensors that could be counted in passing.
@@ -70,16 +74,17 @@ class Editor:
             self._staged.reserve(sizes)
         else:
             self._staged.reserve(sum(sizes.values()))
-        streamer = Streamer(self.layout, verify, advance)
+        streamer = Streamer(self.layout, verify, advance, frozenset(changing))
         with no_space(self._staged.destination.parent, sum(sizes.values())):
             for file in sizes:
                 self._refuse_difference(file, streamer.copy(file, self._fd(file)))
+        self._blocks = streamer.sums
         return streamer.counts
 
     @property
-    def edited_bytes(self) -> int:
-        r"""Size of the files that hold a changed tensor."""
-        return sum(self.layout.stat(file).st_size for file in self.patched)
+    def unchecked_bytes(self) -> int:
+        r"""Size of the files that :meth:`finish` has to read again."""
+        return sum(self.layout.stat(file).st_size for file in {*self.patched, *self._blocks})
 
     def _refuse_difference(self, file: str, at: int | None) -> None:
         if at is not None:
@@ -113,7 +118,7 @@ class Editor:
         r"""Mend check sums, make sure that the source stood still, and bring the copy to the disk.
 
         Args:
-            verify: whether to read the copy again and compare it with the source and with what was written.
+            verify: whether to read the changed files of the copy again.
             advance: told of every step's bytes of that comparison.
         """
         for file, patches in self.patched.items():
@@ -124,12 +129,15 @@ class Editor:
         self._staged.flush()
 
     def _verify(self, advance: Advance) -> None:
-        # Files without a patch were read again block by block as they were copied: Note [One look while it is at hand].
-        for file, patched in self.patched.items():
-            patches = [*patched, *self.layout.mended(file, patched)]
-            size = self.layout.stat(file).st_size
-            spans = untouched(size, patches)
-            self._refuse_difference(file, first_difference(self.layout.fd(file), self._fd(file), spans, advance))
+        for file in sorted({*self.patched, *self._blocks}):
+            patched = self.patched.get(file, [])
+            patches = [*patched, *self.layout.mended(file, patched)] if patched else []
+            if file in self._blocks:
+                at = first_damage(self.layout, file, self._fd(file), self._blocks[file], patches, advance)
+            else:  # it was compared as it was copied, but nobody knew that it would be changed
+                spans = untouched(self.layout.stat(file).st_size, patches)
+                at = first_difference(self.layout.fd(file), self._fd(file), spans, advance)
+            self._refuse_difference(file, at)
         for name, expected in self._sums.items():
             stored = self.layout.find(name)
             if _sum(load(stored, self._fd)) != expected:
@@ -165,51 +173,3 @@ def _stage(layout: Layout, destination: Path, force: bool) -> StagedFile | Stage
 
 def _sum(value: Tensor) -> int:
     return zlib.crc32(tensor_bytes(value.contiguous())) if value.numel() else 0
-
-
-def untouched(size: int, patches: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    r"""The spans of a file that no patch covers.
-
-    Args:
-        size: bytes of the file.
-        patches: ``(offset, count)``, in any order; may overlap.
-
-    Yields:
-        tuple[int, int]: first byte and first byte after each span.
-
-    Example:
-        >>> list(untouched(10, [(4, 2), (0, 1), (5, 3)]))
-        [(1, 4), (8, 10)]
-    """
-    position = 0
-    for offset, count in sorted(patches):
-        if offset > position:
-            yield position, offset
-        position = max(position, offset + count)
-    if position < size:
-        yield position, size
-
-
-def first_difference(one: int, other: int, spans: Iterator[tuple[int, int]], advance: Advance) -> int | None:
-    r"""Compare spans of two open files.
-
-    Args:
-        one: an open file.
-        other: an open file.
-        spans: first byte and first byte after each.
-        advance: told of every step's bytes.
-
-    Returns:
-        A byte position at or shortly before the first difference, exact to 4 KiB, or None where there is none.
-    """
-    left, right = bytearray(LOOK), bytearray(LOOK)
-    for begin, end in spans:
-        for at in range(begin, end, LOOK):
-            count = min(LOOK, end - at)
-            read_into(one, at, memoryview(left)[:count])
-            read_into(other, at, memoryview(right)[:count])
-            # What is left of the longer block before was equal then and does not disturb.
-            if left != right:
-                return at + next(i for i in range(0, count, 4096) if left[i : i + 4096] != right[i : i + 4096])
-            advance(count)
-    return None

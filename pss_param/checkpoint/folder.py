@@ -15,11 +15,12 @@ from pathlib import Path
 from pss_param.errors import CheckpointError
 
 from .archive import mend_archive, read_archive, sums_of
-from .layout import Layout, StoredTensor
+from .layout import Layout
 from .refused import refuse_folder
 from .safetensors import read_header, stored_tensor
 from .shards import check_index, read_index
 from .start import is_torch_zip, refuse_pickle
+from .stored import StoredTensor
 from .torch_zip import parse_torch_zip, read_torch_file
 from .write import MARK
 

@@ -17,7 +17,8 @@ import torch
 
 from pss_param.errors import CheckpointError
 
-from .layout import Chunk, Layout, StoredTensor, dense_strides
+from .layout import Layout
+from .stored import Chunk, StoredTensor, dense_strides
 from .transfer import read_exact
 
 MAX_HEADER = 100_000_000

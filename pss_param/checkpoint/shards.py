@@ -12,8 +12,8 @@ from typing import Any
 
 from pss_param.errors import CheckpointError
 
-from .layout import StoredTensor
 from .safetensors import check_dense
+from .stored import StoredTensor
 
 MAX_INDEX = 100_000_000
 """Bytes; that of a model of a million tensors."""

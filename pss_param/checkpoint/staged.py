@@ -7,6 +7,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -65,13 +66,12 @@ class StagedFolder:
         os.mkdir(self.temporary, 0o700)
         self._held = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         lock(self._held)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._discard)
             for folder in self.folders:
                 if folder:
                     os.mkdir(self.temporary / folder, 0o700)
-        except BaseException:
-            self._discard()
-            raise
+            undo.pop_all()
         return self
 
     def fd(self, file: str) -> int:

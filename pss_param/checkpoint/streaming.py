@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Copying a checkpoint's file and looking at it on the way.
+r"""Copying a checkpoint's files and looking at them on the way.
 
 # Note [One look while it is at hand]
 A repair has to see every value once, for NaN, and a careful one reads what it wrote. Done one after the other that is
-three passes over a file that may be larger than the page cache, and each waits for the disk. So both are done on every
-block while it is at hand: what a plain copy does not pay for is then only work of the processor.
+three passes over files that may be larger than the page cache, and each waits for the disk. So every block is read
+from the source once, and counted, written and checked while it is at hand:
+
+- a file in which nothing will change is read back block by block, and compared with the block in memory;
+- of a file that will be changed a CRC-32 of every block is kept, and the finished copy is read once and compared with
+  those (:mod:`.checking`). What was patched by then is compared with what was to be written there.
+
+Either way each byte of the source is read once and each byte of the copy is read back once, through the operating
+system: it proves that the system holds the copy as it should be, not that the disk's surface does.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import zlib
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from pss_param.finite import count_nonfinite
 
 from .layout import Layout
+from .recycling import Recycler
 from .transfer import LOOK, read_into, tensor_from, write_all
-
-AHEAD = 32 << 20
-"""Bytes that the system is asked to fetch ahead, so that the disk works while the processor looks."""
 
 Advance = Callable[[int], None]
 """Called with a number of bytes that are done."""
@@ -44,19 +50,29 @@ class Streamer:
 
     Args:
         layout: the open source.
-        check: whether to read every block again after it was written.
+        check: whether the copy is to be checked.
         advance: told of every step's bytes.
+        changing: names of the tensors that may be changed in the copy, and are read from the source for that.
 
     Attributes:
         counts: non-finite elements by tensor name, of every tensor that was seen whole.
+        sums: CRC-32 of every block, in the order of :func:`blocks`, by file that holds a tensor of ``changing``.
     """
 
     layout: Layout
     check: bool
     advance: Advance
+    changing: Collection[str] = ()
     counts: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, "array[int]"] = field(default_factory=dict)
     _buffer: bytearray = field(default_factory=lambda: bytearray(LOOK))
     _again: bytearray = field(default_factory=lambda: bytearray(LOOK))
+
+    def __post_init__(self) -> None:
+        r"""Find the files that will be changed."""
+        if self.check:
+            found = {chunk.file for name in self.changing for chunk in self.layout.find(name).chunks}
+            self.sums = {file: array("I") for file in found}
 
     def copy(self, file: str, fd: int) -> int | None:
         r"""Copy one file.
@@ -68,30 +84,58 @@ class Streamer:
         Returns:
             None, or a byte position shortly before which the copy does not read back as the source.
         """
-        for piece in pieces(self.layout, file):
-            for at in range(piece.begin, piece.end, LOOK):
-                if not self._block(file, fd, at, min(LOOK, piece.end - at), piece.names):
-                    return at
+        trail = Recycler(self.layout.fd(file), self.layout.stat(file).st_size)
+        for block in blocks(self.layout, file):
+            if not self._block(file, fd, block):
+                return block.begin
+            keep = any(name in self.changing for name in block.names)
+            trail.passed(self.layout.fd(file), block.begin, block.end, keep)
+        trail.release(self.layout.fd(file))
         return None
 
-    def _block(self, file: str, fd: int, at: int, count: int, names: tuple[str, ...]) -> bool:
-        if at % (AHEAD // 4) < count and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.layout.fd(file), at, AHEAD, os.POSIX_FADV_WILLNEED)
+    def _block(self, file: str, fd: int, block: Piece) -> bool:
+        count = block.end - block.begin
         view = memoryview(self._buffer)[:count]
-        read_into(self.layout.fd(file), at, view)
-        write_all(fd, at, view)
-        if self.check:
-            read_into(fd, at, memoryview(self._again)[:count])
-            # What is left of a longer block before was equal then and does not disturb.
-            if self._again != self._buffer:
+        read_into(self.layout.fd(file), block.begin, view)
+        write_all(fd, block.begin, view)
+        if file in self.sums:
+            self.sums[file].append(zlib.crc32(view))
+        elif self.check:
+            read_into(fd, block.begin, memoryview(self._again)[:count])
+            if not self._equal(count):
                 return False
-        if names:
-            dtype = self.layout.dtype(names[0])
-            bad = count_nonfinite([tensor_from(self._buffer, dtype)[: count // dtype.itemsize]])
-            for name in names:
-                self.counts[name] = self.counts.get(name, 0) + bad
+        self._count(block)
         self.advance(count)
         return True
+
+    def _equal(self, count: int) -> bool:
+        if count == LOOK:  # without copies
+            return self._again == self._buffer
+        return self._again[:count] == self._buffer[:count]
+
+    def _count(self, block: Piece) -> None:
+        if not block.names:
+            return
+        dtype = self.layout.dtype(block.names[0])
+        elements = tensor_from(self._buffer, dtype)[: (block.end - block.begin) // dtype.itemsize]
+        bad = count_nonfinite([elements])
+        for name in block.names:
+            self.counts[name] = self.counts.get(name, 0) + bad
+
+
+def blocks(layout: Layout, file: str) -> Iterator[Piece]:
+    r"""Cut the pieces of a file into blocks that fit into a core's own cache.
+
+    Args:
+        layout: the open source.
+        file: relative name of the file.
+
+    Yields:
+        Piece: in the order of the file, together covering every byte once; none over ``LOOK`` bytes.
+    """
+    for piece in pieces(layout, file):
+        for at in range(piece.begin, piece.end, LOOK):
+            yield replace(piece, begin=at, end=min(at + LOOK, piece.end))
 
 
 def pieces(layout: Layout, file: str) -> Iterator[Piece]:
@@ -120,7 +164,7 @@ def pieces(layout: Layout, file: str) -> Iterator[Piece]:
 
 def _spans(layout: Layout, file: str) -> Mapping[tuple[int, int, str], list[str]]:
     found: dict[tuple[int, int, str], list[str]] = {}
-    for name, stored in layout.tensors.items():
+    for name, stored in (*layout.state.items(), *layout.tensors.items()):
         if not stored.floating or len(stored.chunks) != 1 or not stored.nbytes:
             continue
         (chunk,) = stored.chunks

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .layout import Chunk
 from .pickled import Global, Made, Persistent, Table
+from .stored import Chunk
 
 MAX_DIMENSIONS = 64
 _TYPES = (

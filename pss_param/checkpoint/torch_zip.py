@@ -14,9 +14,10 @@ from typing import Any
 from pss_param.errors import CheckpointError
 
 from .archive import Record, mend_archive, read_archive, sums_of
-from .layout import Layout, StoredTensor
+from .layout import Layout
 from .pickled import read_pickle
 from .sharing import Sharing
+from .stored import StoredTensor
 from .torch_content import TensorPath, find_tensors, find_weights, is_lightning
 from .torch_tensors import Opaque, View, tensor_of
 from .transfer import read_exact

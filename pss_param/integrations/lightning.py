@@ -6,6 +6,12 @@ In automatic optimization Lightning calls ``on_before_optimizer_step`` with accu
 gradients: the guard takes its step there. In manual optimization the same event comes inside the user's own
 ``optimizer.step()``, when the user may have clipped already. So whoever clips by hand takes the guard's step by
 hand too, ``callback.step(norm)``, and the event that follows leaves it alone.
+
+# Note [Several optimizers]
+They may share one backward pass (Muon for matrices, AdamW for the rest) or alternate with losses of their own
+(generator and discriminator). The events look alike, but in the first case a step per event would count a gradient
+twice, and in the second it would mix two networks' norms in one average. So with several optimizers nothing is
+guessed: the loop takes the guard's step, or holds a guard for each network.
 """
 
 from collections.abc import Callable
@@ -37,16 +43,16 @@ class PSSCallback(Callback):
     r"""Guard the module that a Lightning ``Trainer`` fits: ``Trainer(..., callbacks=[PSSCallback()])``.
 
     The guard is attached when fitting begins and detached when it ends. In automatic optimization nothing else is
-    needed. In manual optimization, call :meth:`step` between ``manual_backward`` and ``optimizer.step()`` if you
-    clip gradients; otherwise the guard steps by itself. Its state goes into Lightning's checkpoints and comes back
-    with ``trainer.fit(ckpt_path=...)``, bit for bit; the weights in these checkpoints are plain. ``pss_ratio`` (the
-    largest since the last step), ``pss_triggers`` and ``pss_skipped`` are logged.
+    needed. In manual optimization, call :meth:`step` between ``manual_backward`` and ``optimizer.step()`` if you clip
+    gradients or have several optimizers; otherwise the guard steps by itself. Its state goes into Lightning's
+    checkpoints and comes back with ``trainer.fit(ckpt_path=...)``, bit for bit; the weights in these checkpoints are
+    plain. ``pss_ratio`` (the largest since the last step), ``pss_triggers`` and ``pss_skipped`` are logged.
 
     Args:
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`pss_param.Smoothing`.
         edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
-        detector: None for :class:`pss_param.GradientNormRatio` with its defaults.
+        detector: None for the default of :func:`pss_param.attach`.
         policy: None for :class:`pss_param.GuardPolicy` with its defaults.
 
     Example:
@@ -66,7 +72,7 @@ class PSSCallback(Callback):
         super().__init__()
         self._keeper = GuardKeeper(AttachOptions(targets, smoothing, edge, detector, policy))
         self._loaded: dict[str, Any] | None = None
-        self._seen_steps = self._logged_steps = 0
+        self._seen_steps = self._logged_steps = self._steps_before_batch = 0
 
     @property
     def guard(self) -> Guard | None:
@@ -74,7 +80,7 @@ class PSSCallback(Callback):
         return self._keeper.guard
 
     def step(self, grad_norm: float | Tensor | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> Event:
-        r"""Let the guard take its step by hand, in manual optimization.
+        r"""Let the guard take its step by hand, in manual optimization: once per gradient, before its optimizers step.
 
         Args:
             grad_norm: Global gradient norm *before* clipping, as ``clip_grad_norm_`` returns it; None computes it.
@@ -112,6 +118,18 @@ class PSSCallback(Callback):
                 "in between; use another optimizer, or train without PSSCallback"
             )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        r"""Remember where the batch began.
+
+        Args:
+            trainer: Not used.
+            pl_module: Not used.
+            batch: Not used.
+            batch_idx: Not used.
+        """
+        if self._keeper.guard is not None:
+            self._steps_before_batch = self._keeper.guard.steps
+
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -121,9 +139,22 @@ class PSSCallback(Callback):
             trainer: The trainer.
             pl_module: The guarded module.
             optimizer: The optimizer about to step.
+
+        Raises:
+            StateError: If there are several optimizers and :meth:`step` was not called in this batch.
         """
         guard = self._keeper.guard
         if guard is None:
+            return
+        if len(trainer.optimizers) > 1:
+            if guard.steps == self._steps_before_batch:
+                raise StateError(
+                    f"with {len(trainer.optimizers)} optimizers only the training step knows which of them use one "
+                    "gradient: if they share a backward pass, call callback.step() once between manual_backward() and "
+                    "the first optimizer.step(); if each network has a loss of its own, drop PSSCallback and keep a "
+                    "guard for each, guard = pss_param.attach(self.generator), with guard.step() before its "
+                    "optimizer's step"
+                )
             return
         by_hand = guard.steps != self._seen_steps
         # A training step may return None to leave a batch out.

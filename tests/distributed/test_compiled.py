@@ -9,6 +9,8 @@ from parallel_runs import STEPS, start, whole_state
 from ranks import Ranks
 from torch import nn
 
+import pss_param.compiled as tracing
+
 
 def compiled(stack: str, backend: str) -> dict:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -35,6 +37,7 @@ def compiled(stack: str, backend: str) -> dict:
     }
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    tracing._traced.clear()  # the ranks live on, and other tests train models of this class without a compiler
     return outcome
 
 

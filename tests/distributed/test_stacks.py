@@ -45,11 +45,9 @@ def _check(by_rank: list[dict], stack: str) -> None:
 @pytest.mark.parametrize("stack", TWO)
 @pytest.mark.parametrize("attach_first", [False, True])
 def test_two_ranks_train_like_one(two_ranks: Ranks, stack: str, attach_first: bool) -> None:
-    if stack == "tp" and attach_first:
-        pytest.skip("tensor parallelism replaces parameters: attach after parallelize_module")
     _check(two_ranks(trained, stack, attach_first), stack)
 
 
-@pytest.mark.parametrize("stack", FOUR)
-def test_four_ranks_train_like_one(four_ranks: Ranks, stack: str) -> None:
-    _check(four_ranks(trained, stack, False), stack)
+@pytest.mark.parametrize(("stack", "attach_first"), [*((stack, False) for stack in FOUR), ("tp fsdp", True)])
+def test_four_ranks_train_like_one(four_ranks: Ranks, stack: str, attach_first: bool) -> None:
+    _check(four_ranks(trained, stack, attach_first), stack)

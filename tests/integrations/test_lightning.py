@@ -180,3 +180,72 @@ def test_a_batch_that_is_left_out_is_no_step():
 def test_lbfgs_is_refused():
     with pytest.raises(StateError, match="LBFGS"):
         fitted(Plain(torch.optim.LBFGS), PSSCallback(targets="all"))
+
+
+class TwoOptimizers(Plain):
+    """A hidden layer for each of two optimizers that share one backward pass, as Muon and AdamW do."""
+
+    def __init__(self, callback=None):
+        super().__init__()
+        self.automatic_optimization, self.callback = False, callback
+
+    def configure_optimizers(self):
+        halves = self.net[:2].parameters(), self.net[2:].parameters()
+        return [torch.optim.SGD(half, lr=1e-2) for half in halves]
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        if self.callback is not None:
+            self.callback.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_several_optimizers_are_refused_unless_the_loop_says_what_one_gradient_is():
+    callback = PSSCallback(targets="all", detector=OnSteps())
+    with pytest.raises(StateError, match=r"2 optimizers.*callback\.step\(\).*guard for each"):
+        fitted(TwoOptimizers(), callback)
+    assert callback.guard is None
+    notes = []
+    callback = PSSCallback(targets="all", detector=OnSteps(2, notes=notes))
+    fitted(TwoOptimizers(callback), callback, max_steps=10)  # Lightning counts the steps of both
+    assert len(notes) == 5, "one gradient, one step"
+    assert callback.state_dict()["counters"]["triggers"] == 1
+
+
+class Rivals(Plain):
+    """Two networks with losses and optimizers of their own, each under a guard of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.second = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.guards = [attach(part, "all", detector=GradientNormRatio(settle=2)) for part in (self.net, self.second)]
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=1e-6) for part in (self.net, self.second)]
+
+    def training_step(self, batch, index):
+        for part, guard, optimizer, scale in zip(
+            (self.net, self.second), self.guards, self.optimizers(), (1, 1000), strict=True
+        ):
+            optimizer.zero_grad()
+            self.manual_backward((part(batch) - batch.sum(1, keepdim=True)).square().mean() * scale)
+            guard.step()
+            optimizer.step()
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["guards"] = [guard.state_dict() for guard in self.guards]
+
+
+def test_the_way_out_keeps_an_average_for_each_network(tmp_path):
+    model = Rivals()
+    fitted(model, ModelCheckpoint(tmp_path), enable_checkpointing=True, max_steps=16)
+    small, large = (float(guard.detector.average) for guard in model.guards)
+    assert large > 100 * small
+    assert [guard.triggers for guard in model.guards] == [0, 0]
+    (path,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert [state["counters"]["steps"] for state in saved["guards"]] == [8, 8]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few figures that the README shows, and the place where it shows them."""
+
+from pathlib import Path
+
+from suite import rescues
+from suite.plans import HEADLINE
+from suite.ranges import score, sensitivity
+from suite.records import Records, Spread
+from suite.report import table
+
+BEGIN, END = "<!-- stability: begin -->", "<!-- stability: end -->"
+REMEDIES = (
+    "continue",
+    "reset-rewarmup",
+    "halve-lr",
+    "repair-gentle",
+    "repair-deep",
+    "repair-deep-reset",
+    "repair-deep-guard",
+    "restart",
+    "back-100",
+)
+
+
+def live(records: Records) -> str:
+    """Methods in training.
+
+    Args:
+        records: all results.
+
+    Returns:
+        Markdown.
+    """
+    rows = []
+    for method in HEADLINE:
+        names = records.values("task", question="range", method=method)
+        if names:
+            prices = [value for task in names for value in sensitivity(records, task, method).values]
+            seeds = len(records.values("seed", question="range", method=method))
+            counts = [str(len(names)), str(seeds)]
+            rows.append([method, *counts, f"{score(records, method, names):.2f}x", f"{Spread(tuple(prices)).mean:.2f}"])
+    head = ["in training", "networks", "seeds", "range of learning rates against unguarded"]
+    return table([*head, "learning-rate sensitivity (nats)"], rows)
+
+
+def offline(records: Records) -> str:
+    """Remedies for dead checkpoints.
+
+    Args:
+        records: all results.
+
+    Returns:
+        Markdown.
+    """
+    deaths = {death: rescues.dead_checkpoints(records, death) for death in ("late", "early")}
+    rows = []
+    for method in REMEDIES:
+        late, early = (rescues.tally(records, found, method) for found in deaths.values())
+        if late.count and early.count:
+            rows.append(
+                [
+                    method,
+                    _share(late.alive, late.count),
+                    _share(late.ahead, late.count),
+                    _share(early.alive, early.count),
+                ]
+            )
+    head = ["dead checkpoints", *(f"{death} deaths: {len(found)}" for death, found in deaths.items())]
+    return table([head[0], f"{head[1]}, learn again", "ahead of a restart", f"{head[2]}, learn again"], rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %"
+
+
+def put(readme: Path, records: Records) -> None:
+    """Write the figures between the README's two marks.
+
+    Args:
+        readme: the file.
+        records: all results.
+    """
+    text = readme.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{section(records)}{END}{after}")
+
+
+def section(records: Records) -> str:
+    """What stands between the marks.
+
+    Args:
+        records: all results.
+
+    Returns:
+        Markdown.
+    """
+    parts = {"rescue": offline, "range": live}
+    return "\n".join(part(records) for question, part in parts.items() if records.find(question=question))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Parametric singularity smoothing, and its ablations: all of them `pss_param.attach` with other arguments.
+
+.. math:: W^* = W - U_k \, \mathrm{diag}(S_k - f(S_k)) \, V_k^H
+
+for every target, when the detector fires. `events` counts the triggers. Source: arXiv 2602.01308 and this package.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import pss_param as pss
+
+from .base import Method
+from .triggers import AtRandom, Periodic
+
+# Of the Frobenius norm, as `attach` has it for a shape that is given by name.
+_TOLERANCE = 1e-2
+
+
+class Guarded(Method):
+    """Attach a guard, and step it before the optimizer.
+
+    Args:
+        **options: arguments of `pss_param.attach`; none for what a user gets who types `pss.attach(model)`.
+    """
+
+    def __init__(self, **options: object) -> None:
+        self.options = options
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the network has targets.
+
+        Args:
+            model: the network.
+
+        Returns:
+            The answer; "qk" finds none in a convolutional network.
+        """
+        targets = self.options.get("targets", "linear")
+        rules = targets if isinstance(targets, pss.TargetRules) else pss.TargetRules(preset=str(targets))
+        try:
+            return bool(pss.select_parameters(model, rules).targets)
+        except pss.ArgumentError:
+            return False
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Attach.
+
+        Args:
+            model: the network.
+            optimizer: not used.
+            total_steps: not used.
+        """
+        self.guard = pss.attach(model, **self.options)
+
+    def before_step(self, step: int, loss: float) -> bool:
+        """Fold, judge, open.
+
+        After 20 gradients in a row that are not finite the guard raises `pss_param.NonFiniteError`, which tells the
+        user to stop: the run is dead.
+
+        Args:
+            step: not used.
+            loss: not used.
+
+        Returns:
+            False where the guard dropped the gradient (it was not finite).
+        """
+        event = self.guard.step()
+        self.events += event.triggered
+        return not event.skip
+
+
+def _published(detector: Callable[[], pss.Detector] = pss.GradientNormRatio, **options: object) -> Guarded:
+    given = {"targets": "linear", "smoothing": "clip", "edge": "dominant", **options}
+    return Guarded(detector=detector(), **given)
+
+
+def _ratio(**options: float) -> Callable[[], Guarded]:
+    return lambda: _published(lambda: pss.GradientNormRatio(**options))
+
+
+def _changed(**options: object) -> Callable[[], Guarded]:
+    return lambda: _published(**options)
+
+
+def _fired_by(detector: Callable[[], pss.Detector]) -> Callable[[], Guarded]:
+    return lambda: _published(detector)
+
+
+FORMS: dict[str, Callable[[], Guarded]] = {
+    # As a user types it, and as published: GradientNormRatio(2.5), clip, dominant edge, every block matrix.
+    "pss-default": Guarded,
+    "pss-published": _published,
+    # Other shapes at the same edge.
+    "pss-softplus": _changed(smoothing="softplus"),
+    "pss-log": _changed(smoothing="log"),
+    "pss-softmax": _changed(smoothing="softmax"),
+    "pss-convolution": _changed(smoothing="convolution"),
+    # Other edges; `init` takes the standard deviation that each target's initialiser draws with.
+    "pss-bulk": _changed(edge="bulk"),
+    "pss-init": _changed(edge="init"),
+    # Simpler rules: S[0] := S[1]; k fixed at 4; all singular values equal (MSign on demand); noise of the same size.
+    "pss-second": _changed(smoothing="second"),
+    "pss-rank-4": lambda: Guarded(smoothing=pss.Smoothing(rank=4, tol=_TOLERANCE), detector=pss.GradientNormRatio()),
+    "pss-equal": _changed(smoothing="equal"),
+    "pss-noise": _changed(smoothing="noise"),
+    # Other detectors: the weights' stable rank alone, and together with the gradient norm.
+    "pss-floor": _fired_by(lambda: pss.StableRankFloor(period=5)),
+    "pss-both": _fired_by(lambda: pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5))),
+    # No detector at all: every step, every 20 steps, 1 % of the steps.
+    "pss-always": _fired_by(lambda: Periodic(1)),
+    "pss-periodic": _fired_by(lambda: Periodic(20)),
+    "pss-random": _fired_by(lambda: AtRandom(0.01)),
+    # Other settings of the published detector.
+    **{f"pss-threshold-{value:g}": _ratio(threshold=value) for value in (1.5, 2, 3, 5, 10)},
+    **{f"pss-decay-{value:g}": _ratio(decay=value) for value in (0.9, 0.99)},
+    # Other weights.
+    "pss-qk": _changed(targets="qk"),
+    "pss-attention": _changed(targets="attention"),
+    "pss-mlp": _changed(targets="mlp"),
+}
+"""Every form of smoothing in the suite, by name."""

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Question 1: the range of learning rates that learn.
+
+*Range*: the largest multiple up to which, from the task's own rate on, every rate of the grid learns with most seeds.
+*Sensitivity*: the mean over the grid of `min(loss, trivial) - best`, with the best loss of the same method and seed
+(Wortsman et al., arXiv 2309.14322; the initial loss there is the trivial one here).
+"""
+
+import statistics
+
+from suite.records import Records, Spread, learns, loss
+
+
+def largest(records: Records, task: str, method: str) -> float:
+    """The range of a method on a task.
+
+    Args:
+        records: all results.
+        task: its name.
+        method: its name.
+
+    Returns:
+        A multiple of the task's rate; 0 if not even that rate learns, NaN if nothing was measured.
+    """
+    found = records.find(question="range", task=task, method=method)
+    multiples = sorted({spec.multiple for spec in found if spec.multiple >= 1.0})
+    reached = 0.0 if multiples else float("nan")
+    for multiple in multiples:
+        verdicts = [learns(result) for spec, result in found.items() if spec.multiple == multiple]
+        if 2 * sum(verdicts) <= len(verdicts):
+            break
+        reached = multiple
+    return reached
+
+
+def sensitivity(records: Records, task: str, method: str) -> Spread:
+    """The price of a wrong learning rate, in nats.
+
+    Args:
+        records: all results.
+        task: its name.
+        method: its name.
+
+    Returns:
+        One number a seed.
+    """
+    found = records.find(question="range", task=task, method=method)
+    values = []
+    for seed in {spec.seed for spec in found}:
+        losses = [loss(result) for spec, result in found.items() if spec.seed == seed]
+        values.append(statistics.fmean(losses) - min(losses))
+    return Spread(tuple(values))
+
+
+def best_rate(records: Records, task: str) -> float:
+    """The best rate of the unguarded run.
+
+    Args:
+        records: all results.
+        task: its name.
+
+    Returns:
+        A multiple of the task's rate.
+    """
+    found = records.find(question="range", task=task, method="nothing")
+    means = {
+        m: Spread(tuple(loss(r) for s, r in found.items() if s.multiple == m)).mean for m in {s.multiple for s in found}
+    }
+    return min(means, key=lambda multiple: means[multiple])
+
+
+def quality(records: Records, task: str, method: str) -> Spread:
+    """What a method costs where none is needed: final loss minus the unguarded run's, at the best rate of that one.
+
+    Args:
+        records: all results.
+        task: its name.
+        method: its name.
+
+    Returns:
+        One difference a seed, in nats; negative is better than unguarded.
+    """
+    rate = best_rate(records, task)
+    plain = {s.seed: r for s, r in records.find(question="range", task=task, method="nothing", multiple=rate).items()}
+    other = {s.seed: r for s, r in records.find(question="range", task=task, method=method, multiple=rate).items()}
+    return Spread(tuple(loss(other[seed]) - loss(plain[seed]) for seed in other.keys() & plain.keys()))
+
+
+def score(records: Records, method: str, names: list[str]) -> float:
+    """One number for a method: the geometric mean over tasks of its range against the unguarded range.
+
+    Args:
+        records: all results.
+        method: its name.
+        names: the tasks.
+
+    Returns:
+        A factor; a method that does not learn at the task's own rate counts as a quarter of that rate there.
+    """
+    ratios = []
+    for task in names:
+        mine, plain = largest(records, task, method), largest(records, task, "nothing")
+        if mine == mine and plain == plain:
+            ratios.append((mine or 0.25) / (plain or 0.25))
+    return statistics.geometric_mean(ratios) if ratios else float("nan")

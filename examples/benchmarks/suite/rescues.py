@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Question 2: what becomes of dead checkpoints.
+
+A checkpoint counts as dead when the run that simply goes on from it is dead by the suite's definition. *Learns again*:
+the resumed run is not. *Ahead of the restart*: its final loss is below that of fresh weights trained for as many steps.
+*Steps saved*: the step at which a run that never met the deadly rate, trained from scratch, first has the rescued run's
+final loss, minus the steps the rescue took: what a restart would have to spend in addition to get there.
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+
+from suite.records import Records, Result, learns, loss
+from suite.spec import Spec
+
+
+def dead_checkpoints(records: Records, death: str, dying: int = 0, task: str | None = None) -> list[Spec]:
+    """The checkpoints that are really dead.
+
+    Args:
+        records: all results.
+        death: "early" or "late".
+        dying: steps at the deadly rate; 0 for the usual.
+        task: only this one.
+
+    Returns:
+        The specifications of their continuations.
+    """
+    found = records.find(question="rescue", method="continue", death=death, dying=dying)
+    return [spec for spec, result in found.items() if not learns(result) and task in {None, spec.task}]
+
+
+def partner(records: Records, spec: Spec, method: str) -> Result | None:
+    """Another remedy on the same checkpoint.
+
+    Args:
+        records: all results.
+        spec: one remedy on it.
+        method: the other.
+
+    Returns:
+        Its result, if there is one.
+    """
+    return records.first(**vars(replace(spec, method=method)))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """One remedy over many checkpoints.
+
+    Args:
+        count: checkpoints.
+        alive: how many learn again.
+        ahead: how many end below the restart.
+        gap: median of the final loss minus the restart's, in nats.
+        behind: median of the final loss minus that of a run that never diverged, at equal total steps.
+        saved: median of the steps saved.
+    """
+
+    count: int
+    alive: int
+    ahead: int
+    gap: float
+    behind: float
+    saved: float
+
+
+def tally(records: Records, deaths: list[Spec], method: str) -> Tally:
+    """Count.
+
+    Args:
+        records: all results.
+        deaths: dead checkpoints.
+        method: the remedy.
+
+    Returns:
+        Its figures over those that have been measured.
+    """
+    rows = []
+    for spec in deaths:
+        mine, restart, never = (partner(records, spec, name) for name in (method, "restart", "never"))
+        if mine and restart and never:
+            rows.append((learns(mine), loss(mine) - loss(restart), loss(mine) - loss(never), saved(mine, never)))
+    if not rows:
+        return Tally(0, 0, 0, *[float("nan")] * 3)
+    alive, gap, behind, steps = zip(*rows, strict=True)
+    return Tally(len(rows), sum(alive), sum(g < 0 for g in gap), *(statistics.median(x) for x in (gap, behind, steps)))
+
+
+def saved(mine: Result, never: Result) -> float:
+    """What the rescue was worth.
+
+    Args:
+        mine: the rescued run.
+        never: a run from scratch that met no deadly rate.
+
+    Returns:
+        Steps; negative if the restart gets there sooner.
+    """
+    curve, target = never["curve"], loss(mine)
+    window = 5  # of ten steps each: the final loss is a mean of fifty, too
+    means = [statistics.fmean(curve[max(0, i - window + 1) : i + 1]) for i in range(len(curve))]
+    reached = next((10 * (i + 1) for i, mean in enumerate(means) if mean <= target), 10 * len(means))
+    return float(reached - mine["steps"])

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite's bookkeeping: resuming, counting, and tables that say what the records say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "examples" / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the examples are in the repository only", allow_module_level=True)
+if str(BENCHMARKS) not in sys.path:
+    sys.path.append(str(BENCHMARKS))
+
+from suite import headline, ranges, rescues, runner  # noqa: E402
+from suite.deaths import dead, phases  # noqa: E402
+from suite.methods import METHODS  # noqa: E402
+from suite.plans import HEADLINE, PROFILES, RIVALS  # noqa: E402
+from suite.records import Records  # noqa: E402
+from suite.remedies import REMEDIES  # noqa: E402
+from suite.spec import Spec  # noqa: E402
+from suite.store import Store, origin  # noqa: E402
+from suite.task import tasks  # noqa: E402
+from suite.training import Trace, fresh, go_on, train  # noqa: E402
+
+TRIVIAL = 3.0
+
+
+def result(final: float | None, steps: int = 300, **more: object) -> dict[str, object]:
+    curve = [TRIVIAL if final is None else final] * (steps // 10)
+    return {"final": final, "trivial": TRIVIAL, "steps": steps, "curve": curve, "events": 0, "seconds": 1.0, **more}
+
+
+def records(measured: dict[Spec, dict[str, object]]) -> Records:
+    return Records({"spec": asdict(spec), "result": r, "origin": {}} for spec, r in measured.items())
+
+
+def test_a_store_finds_what_is_missing_and_forgets_on_demand(tmp_path):
+    store = Store(tmp_path / "deep" / "results.jsonl")
+    one, two = (Spec("range", "gpt", method, 0) for method in ("nothing", "warmup"))
+    store.add([(one, result(1.0))], origin())
+    assert store.missing([two, one, two]) == [two]
+    assert store.drop("nothing") == 1
+    assert store.missing([one]) == [one]
+
+
+def test_a_line_cut_short_is_measured_again_and_spoils_no_other(tmp_path):
+    store = Store(tmp_path / "results.jsonl")
+    one, two, three = (Spec("range", "gpt", "nothing", seed) for seed in range(3))
+    store.add([(one, result(1.0)), (two, result(1.0))], {})
+    store.path.write_bytes(store.path.read_bytes()[:-20])
+    store.add([(three, result(1.0))], {})
+    assert store.missing([one, two, three]) == [two]
+
+
+def test_a_run_is_dead_by_its_last_fifty_steps():
+    assert not Trace([TRIVIAL] * 10 + [1.0] * 50).dead(TRIVIAL)
+    assert Trace([1.0] * 50 + [TRIVIAL] * 50).dead(TRIVIAL)
+    assert Trace([1.0] * 50 + [math.nan]).dead(TRIVIAL)
+    assert Trace([1.0] * 100 + [TRIVIAL] * 100).death(TRIVIAL) in range(80, 101)
+    assert Trace([1.0] * 100).death(TRIVIAL) is None
+
+
+def test_the_range_ends_at_the_first_rate_that_kills():
+    losses = {0.5: 2.0, 1.0: 1.0, 2.0: 1.5, 4.0: None, 8.0: 1.0}
+    found = records({Spec("range", "gpt", "nothing", 0, m): result(final) for m, final in losses.items()})
+    assert ranges.largest(found, "gpt", "nothing") == 2.0
+    assert ranges.best_rate(found, "gpt") == 1.0
+    assert ranges.sensitivity(found, "gpt", "nothing").mean == pytest.approx((2 + 1 + 1.5 + TRIVIAL + 1) / 5 - 1)
+
+
+def test_a_method_is_scored_against_the_unguarded_range():
+    found = records(
+        {Spec("range", "gpt", "nothing", 0, m): result(1.0 if m < 4 else None) for m in (1.0, 2.0, 4.0, 8.0)}
+        | {Spec("range", "gpt", "clip", 0, m): result(1.1) for m in (1.0, 2.0, 4.0, 8.0)}
+    )
+    assert ranges.score(found, "clip", ["gpt"]) == pytest.approx(4.0)
+    assert ranges.quality(found, "gpt", "clip").mean == pytest.approx(0.1)
+
+
+def rescue(method: str, seed: int, final: float | None, **more: object) -> dict[Spec, dict[str, object]]:
+    return {Spec("rescue", "gpt", method, seed, 1.0, "late"): result(final, **more)}
+
+
+def test_only_checkpoints_whose_continuation_is_dead_count():
+    never = result(1.0, 600) | {"curve": [2.5] * 20 + [1.8] * 40}
+    found = records(
+        rescue("continue", 0, None)
+        | rescue("continue", 1, 1.2)
+        | rescue("repair-deep", 0, 1.8)
+        | rescue("repair-deep", 1, 1.1)
+        | rescue("restart", 0, 2.0)
+        | rescue("restart", 1, 2.0)
+        | {Spec("rescue", "gpt", "never", seed, 1.0, "late"): never for seed in (0, 1)}
+    )
+    deaths = rescues.dead_checkpoints(found, "late")
+    assert [spec.seed for spec in deaths] == [0]
+    tally = rescues.tally(found, deaths, "repair-deep")
+    assert (tally.count, tally.alive, tally.ahead) == (1, 1, 1)
+    assert tally.gap == pytest.approx(-0.2)
+    assert tally.saved == pytest.approx(250 - 300)  # a run from scratch has 1.8 as its mean of 50 at step 250
+
+
+def test_every_plan_names_what_exists_and_repeats_nothing():
+    for profile in PROFILES.values():
+        specs = profile()
+        assert len(specs) == len(set(specs))
+        for spec in specs:
+            assert spec.task in tasks()
+            assert spec.method in (METHODS if spec.question == "range" else REMEDIES)
+    assert set(HEADLINE) < set(RIVALS) < set(METHODS)
+
+
+def test_a_run_is_the_same_when_it_is_done_again():
+    task = tasks()["mlp-adamw"]
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    (_, one), (_, two) = (train(task, METHODS["nothing"](), 0, 4) for _ in range(2))
+    assert one.losses == two.losses
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("death", ["early", "late"])
+def test_a_dead_checkpoint_is_that_of_an_uninterrupted_run(death, monkeypatch):
+    task = tasks()["mlp-adamw"]
+    monkeypatch.setattr("suite.deaths.EARLY_STEPS", 110)
+    short = type(task)(**{**vars(task), "steps": 105, "kill_steps": 5})
+    monkeypatch.setattr("suite.deaths.tasks", lambda: {task.name: short})
+    dead.cache_clear()
+    found = dead(task.name, death, 0, 0)
+    before, after, multiple = phases(short, death, 0)
+    method = METHODS["nothing"]()
+    run = fresh(short, method, 0)
+    method.start(run.model, run.optimizer, before + after)
+    go_on(short, run, method, before, 1.0)
+    go_on(short, run, method, after, multiple)
+    assert found.last.step == before + after
+    assert all(torch.equal(value, found.last.model[name]) for name, value in run.model.state_dict().items())
+    assert {100: 10} == {back: saved.step for back, saved in found.back.items()}
+    dead.cache_clear()
+
+
+def test_runs_from_one_checkpoint_are_one_job():
+    specs = [Spec("rescue", "gpt", m, s, 1.0, "late") for s in (0, 1) for m in ("continue", "repair-deep")]
+    specs += [Spec("range", "gpt", "nothing", 0, m) for m in (1.0, 2.0)]
+    assert [len(job) for job in runner.jobs(specs)] == [2, 2, 1, 1]
+
+
+def test_the_readme_shows_what_the_committed_results_say():
+    stored = BENCHMARKS / "results" / "stability.jsonl"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.split(headline.BEGIN, 1)[1].split(headline.END, 1)[0].strip()
+    assert shown == headline.section(Records(Store(stored).records())).strip()
+
+
+def test_the_command_writes_tables_and_plots_from_the_committed_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copy(BENCHMARKS / "results" / "stability.jsonl", tmp_path)
+    command = [sys.executable, str(BENCHMARKS / "stability.py"), "--report", "--results", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".md", ".png"}
+    text = (tmp_path / "stability.md").read_text(encoding="utf-8")
+    assert text == (BENCHMARKS / "results" / "stability.md").read_text(encoding="utf-8")
+
+
+def test_committed_results_name_their_origin():
+    lines = (BENCHMARKS / "results" / "stability.jsonl").read_text(encoding="utf-8").splitlines()
+    for record in itertools.islice(map(json.loads, lines), 50):
+        assert {"pss_param", "commit", "torch", "device"} <= set(record["origin"])

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The solver where nothing but thin products is to be had, down to matrices smaller than a block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spectra import gaussian, power, with_spectrum
+
+from pss_param.certificate import Request
+from pss_param.krylov import Krylov, orthonormal
+from pss_param.solver import solve_sharded
+
+SHAPES = [(16, 8), (8, 8), (12, 5), (9, 1), (40, 30), (3, 2), (32, 8), (60, 60), (90, 33)]
+REQUESTS = {
+    "stable rank": Request(),
+    "level": Request(level=0.3),
+    "bulk": Request(bulk=True),
+    "rank 2": Request(rank=2),
+    "norm": Request(rank=0),
+}
+
+
+class ThinProducts:
+    """A matrix that can be multiplied and nothing else."""
+
+    def __init__(self, W: torch.Tensor) -> None:
+        self._W, self.shape, self.dtype, self.device = W, W.shape, W.dtype, W.device
+        self.passes = 0
+
+    def __matmul__(self, X: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self._W @ X
+
+    def __rmatmul__(self, Y: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return Y @ self._W
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["flat", "low rank"])
+def test_thin_products_are_enough_for_any_shape(shape, kind, request_name):
+    W = gaussian(*shape) if kind == "flat" else with_spectrum(*shape, power(min(shape), 3.0))
+    norm = torch.linalg.matrix_norm(W)
+    S = torch.linalg.svdvals(W) / norm
+    found = solve_sharded(ThinProducts(W[None]), norm[None], REQUESTS[request_name], 1, None)
+    k = found.verdict.k
+    assert found.verdict.enough
+    assert found.verdict.error <= 1e-3
+    assert found.U.shape == (shape[0], k)
+    assert found.Vh.shape == (k, shape[1])
+    torch.testing.assert_close(found.S, S[:k], rtol=0, atol=3e-3)  # a value at the edge may move by the tolerance
+    if request_name == "level":
+        assert k == int((S > 0.3).sum())
+
+
+def test_a_warm_start_takes_fewer_passes_where_a_cold_one_takes_many():
+    W = with_spectrum(600, 500, power(500, 0.5)).float()
+    norm = torch.linalg.matrix_norm(W).double()
+    cold, warm = ThinProducts(W[None]), ThinProducts(W[None])
+    first = solve_sharded(cold, norm[None], Request(rank=20, tol=1e-4), 1, None)
+    again = solve_sharded(warm, norm[None], Request(rank=10, tol=1e-4), 1, first.Vh.mT[None])
+    alone = ThinProducts(W[None])
+    solve_sharded(alone, norm[None], Request(rank=10, tol=1e-4), 1, None)
+    assert warm.passes < alone.passes
+    torch.testing.assert_close(again.S, first.S[:10], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("columns", [3, 60])
+@pytest.mark.parametrize("fall", [0.0, 4.0, 9.0])
+def test_blocks_are_orthonormal_after_two_rounds_however_dependent(columns, fall):
+    block = (gaussian(900, columns) @ torch.diag(10.0 ** -torch.linspace(0, fall, columns).double())).float()
+    mixed = block @ gaussian(columns, columns, 1).float()
+    Q = orthonormal(orthonormal(mixed))
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(columns), rtol=0, atol=2e-5)
+
+
+def test_a_core_that_is_full_has_seen_everything():
+    W = gaussian(40, 24)
+    krylov = Krylov(W, torch.linalg.matrix_norm(W), 0)
+    krylov.start(krylov.sketch(8))
+    while not krylov.complete:
+        krylov.expand(3)
+    S = torch.linalg.svdvals(W) / torch.linalg.matrix_norm(W)
+    torch.testing.assert_close(krylov.ritz().S[:24], S, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["identity", "two values", "rank three"])
+def test_bases_stay_orthonormal_when_the_krylov_space_is_exhausted(kind, dtype):
+    values = {
+        "identity": [1.0] * 150,
+        "two values": [2.0] * 4 + [1.0] * 146,
+        "rank three": [3.0, 2.0, 1.0] + [0.0] * 147,
+    }
+    W = torch.diag(torch.tensor(values[kind], dtype=dtype))
+    krylov = Krylov(W, torch.linalg.matrix_norm(W), 0)
+    krylov.start(krylov.sketch(8))
+    for _ in range(9):
+        ritz = krylov.ritz()
+        assert float(ritz.S[0]) <= max(values[kind]) / float(torch.linalg.matrix_norm(W)) * (1 + 1e-5)
+        for basis in (krylov.front, krylov.other):
+            torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[1], dtype=dtype), rtol=0, atol=1e-5)
+        krylov.expand(0)
