@@ -183,12 +183,12 @@ class GradientNormRatio(Detector):
     @property
     def average(self) -> Tensor:
         r"""The running average of the norms, a copy; float64, a scalar on the host."""
-        return torch.tensor(self._seen.average, dtype=torch.float64)
+        return torch.tensor(self._seen.average, dtype=torch.float64, device="cpu")
 
     @property
     def count(self) -> Tensor:
         r"""The number of finite steps, a copy; int64, a scalar on the host."""
-        return torch.tensor(self._seen.count, dtype=torch.int64)
+        return torch.tensor(self._seen.count, dtype=torch.int64, device="cpu")
 
     def judge(self, norm: float, seen: Sequence[Sequence[float]] = ()) -> Verdict:
         r"""Compare one norm with the average, then let it enter.

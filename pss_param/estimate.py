@@ -63,9 +63,9 @@ def stable_rank_estimate(W: Tensor | ShardedMatrix, init: Tensor | None = None) 
         W = ShardedMatrix(W)
     wide = torch.promote_types(W.dtype, torch.float32)
     if init is None:
-        init = torch.randn(W.shape[-1], 1, generator=torch.Generator().manual_seed(_SEED)).to(W.device)
+        init = torch.randn(W.shape[-1], 1, generator=torch.Generator().manual_seed(_SEED), device="cpu")
         init = (init / torch.linalg.vector_norm(init)).expand(*W.shape[:-2], -1, -1)
-    image = (W @ init.to(W.dtype)).to(wide)
+    image = (W @ init.to(W.device, W.dtype)).to(wide)
     length = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
     # A vector of zeros or NaN would stay one for ever, so it is replaced; this look then measures nothing.
     fixed = torch.linspace(1, 2, image.shape[-2], dtype=wide, device=image.device)[:, None]

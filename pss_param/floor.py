@@ -15,6 +15,9 @@ from pss_param.sharded import ShardedMatrix
 
 __all__ = ["StableRankFloor"]
 
+_STEPS = ("step", "fired", "seen", "elapsed")
+_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
+
 
 class StableRankFloor(Detector):
     r"""Trigger for each weight whose stable rank falls below a fraction of its baseline.
@@ -23,8 +26,9 @@ class StableRankFloor(Detector):
         \operatorname{SR}(W_t) < \text{fraction} \cdot b_t, \qquad
         \operatorname{SR}(W) = \lVert W \rVert_F^2 / \sigma_1^2, \qquad
         b_{t+s} = \text{decay}^s\, b_t + (1 - \text{decay}^s)\, \operatorname{SR}(W_{t+s}), \quad
-        b_0 = \operatorname{SR}(W_0).
+        b_0 = \operatorname{SR}(W_0),
 
+    with :math:`W_0` the weights at the first step, so that what is loaded or initialised after attach is no collapse.
     Healthy training lowers stable ranks over hundreds of steps, and the baseline follows; a deadly learning rate
     lowers them within tens, and the baseline stays. It is never above the stable rank of independent entries,
     ``m n / (sqrt(m) + sqrt(n))^2``: a matrix that starts orthogonal, or was smoothed to be so, falls that far in
@@ -36,18 +40,18 @@ class StableRankFloor(Detector):
 
     At a measurement each weight is read twice: once for its norm and once for half an iteration of power
     iteration, started from the vector of the last time. Weights move little in between, so the vector
-    stays converged; at attach, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
+    stays converged; at the first step, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
     from below, so a stable rank is never underestimated and no trigger is owed to the estimate.
 
     The defaults come from a post-LN GPT of the suite in ``examples/benchmarks``: a floor that stays where it was at
-    attach cost 0.04 nats in 2,500 healthy steps, this one nothing measurable, and it learns at 32 times the rate.
+    first cost 0.04 nats in 2,500 healthy steps, this one nothing measurable, and it learns at 32 times the rate.
 
     Args:
         fraction: The floor as a fraction of the baseline, in (0, 1), dimensionless.
         period: The most steps between two measurements, at least 1. They are denser at first and after a trigger: one
             every ``clamp(steps since / 10, 1, period)`` steps.
-        decay: Of the baseline, per step, in (0, 1]. It starts as the stable rank at attach and follows what is measured
-            above the floor; 1 leaves it there for ever.
+        decay: Of the baseline, per step, in (0, 1]. It starts as the stable rank at the first step and follows what is
+            measured above the floor; 1 leaves it there for ever.
         seed: Seed of the start vectors.
 
     Raises:
@@ -57,6 +61,8 @@ class StableRankFloor(Detector):
         >>> weights = {"w": (torch.eye(8),)}
         >>> detector = StableRankFloor(period=1)
         >>> detector.bind(lambda: weights)
+        >>> detector.judge(1.0, [part.tolist() for part in detector.look(lambda: weights)]).names
+        ()
         >>> _ = weights["w"][0][0, 0].fill_(9.0)
         >>> for _ in range(8):
         ...     seen = detector.look(lambda: weights)
@@ -66,7 +72,6 @@ class StableRankFloor(Detector):
 
     parts = 1
     settle_iterations = 12
-    baseline: Tensor
 
     def __init__(self, fraction: float = 0.65, period: int = 25, decay: float = 0.99, seed: int = 0) -> None:
         super().__init__()
@@ -78,32 +83,30 @@ class StableRankFloor(Detector):
             raise ArgumentError(f"decay must lie in (0, 1], got {decay}; 0.99 is the default, 1 keeps the first value")
         self.fraction, self.period, self.decay, self.seed = float(fraction), int(period), float(decay), int(seed)
         self.names: tuple[str, ...] = ()
-        self.vectors: list[list[Tensor]] = []
-        self.on_left = self.waiting = False
-        self.fresh = torch.zeros(0, dtype=torch.float64)
+        self.owners: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.vectors: list[Tensor] = []
+        self.fresh = self.baseline = _NOTHING
+        self.measured = self.on_left = False
         # Steps: so far, at the last trigger, at the last measurement, and between that and the one before.
         self.step = self.fired = self.seen = self.elapsed = 0
-        self.register_buffer("baseline", torch.zeros(0, dtype=torch.float64))
 
-    @torch.no_grad()
     def bind(self, weights: WeightSource) -> None:
-        r"""Measure the stable ranks that later ones are compared with.
+        r"""Learn names and shapes; values are measured at the first look, when the model is loaded and in its place.
 
         Args:
             weights: Returns the watched matrices by name.
         """
         current = weights()
-        self.waiting = any(matrix.device.type == "meta" for matrices in current.values() for matrix in matrices)
-        if self.waiting:  # no values yet: a model that is built on the meta device is measured at the first look
-            return
-        self.names = tuple(current)
-        self.on_left = False
-        self.vectors = [[self._start(matrix) for matrix in matrices] for matrices in current.values()]
-        for _ in range(2 * self.settle_iterations):
-            ranks = self._iterate(current)
-        fresh = [rank for parts in current.values() for part in parts for rank in _fresh_ranks(part)]
-        self.fresh = torch.tensor(fresh, dtype=torch.float64)
-        self.baseline = torch.minimum(ranks.cpu(), self.fresh)
+        self.names, self.measured, self.on_left = tuple(current), False, False
+        self.step = self.fired = self.seen = self.elapsed = 0
+        self.owners = [name for name, parts in current.items() for part in parts for _ in range(_count(part))]
+        matrices = [part for parts in current.values() for part in parts]
+        self.sizes = [(part.shape[-2], part.shape[-1]) for part in matrices]
+        self.vectors = [self._start(part) for part in matrices]
+        fresh = [rank for part in matrices for rank in _fresh_ranks(part)]
+        self.fresh = torch.tensor(fresh, dtype=torch.float64, device="cpu")
+        self.baseline = torch.zeros_like(self.fresh)
 
     @torch.no_grad()
     def look(self, weights: WeightSource) -> list[Tensor]:
@@ -120,16 +123,16 @@ class StableRankFloor(Detector):
         """
         self.step += 1
         if not self._is_time():
-            return [torch.empty(0, dtype=torch.float64)]
+            return [_NOTHING]
         self.elapsed, self.seen = self.step - self.seen, self.step
         current = weights()
-        if self.waiting:
-            self.bind(lambda: current)
         if tuple(current) != self.names:
             raise ArgumentError(
                 f"StableRankFloor was bound to {len(self.names)} weights and now sees other ones "
                 f"({len(current)}); attach a new guard after changing the model"
             )
+        if not self.measured:
+            self._settle(current)
         return [self._iterate(current)]
 
     def judge(self, norm: float, seen: Sequence[Sequence[float]]) -> Verdict:
@@ -146,9 +149,9 @@ class StableRankFloor(Detector):
         if not ranks:
             return Verdict()
         lowest = dict.fromkeys(self.names, math.inf)
-        for name, now, then in zip(self._owners(), ranks, self.baseline.tolist(), strict=True):
+        for name, now, then in zip(self.owners, ranks, self.baseline.tolist(), strict=True):
             lowest[name] = min(lowest[name], now / then if then > 0 else math.inf)
-        self._follow(torch.tensor(ranks, dtype=torch.float64), self.elapsed)
+        self._follow(torch.tensor(ranks, dtype=torch.float64, device="cpu"), self.elapsed)
         low = tuple(name for name, value in lowest.items() if value < self.fraction)
         if not low:
             return Verdict()
@@ -165,39 +168,43 @@ class StableRankFloor(Detector):
         kept = self.decay**elapsed
         above = ranks >= self.fraction * self.baseline
         followed = torch.where(above, kept * self.baseline + (1 - kept) * ranks, self.baseline)
-        self.baseline = torch.minimum(followed, self.fresh)
-
-    def _owners(self) -> list[str]:
-        sizes = [sum(math.prod(v.shape[:-2]) for v in vectors) for vectors in self.vectors]
-        return [name for name, size in zip(self.names, sizes, strict=True) for _ in range(size)]
+        # A weight of zeros has no stable rank; it is watched from the first one that it has.
+        known = torch.isfinite(self.baseline) & (self.baseline > 0)
+        self.baseline = torch.minimum(torch.where(known, followed, ranks), self.fresh)
 
     def _start(self, matrix: Matrix) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        vector = torch.randn((*matrix.shape[:-2], matrix.shape[-1], 1), generator=generator)
-        return nn.functional.normalize(vector, dim=-2).to(matrix.device)
+        vector = torch.randn((*matrix.shape[:-2], matrix.shape[-1], 1), generator=generator, device="cpu")
+        return nn.functional.normalize(vector, dim=-2)
+
+    def _settle(self, current: Mapping[str, tuple[Matrix, ...]]) -> None:
+        for _ in range(2 * self.settle_iterations):
+            ranks = self._iterate(current)
+        self.baseline, self.measured = torch.minimum(ranks.cpu(), self.fresh), True
 
     def _iterate(self, current: Mapping[str, tuple[Matrix, ...]]) -> Tensor:
         # Vectors of length n are multiplied by W, those of length m by its transpose: half an iteration each.
         sides = [matrix.mT if self.on_left else matrix for matrices in current.values() for matrix in matrices]
-        before = [vector for vectors in self.vectors for vector in vectors]
-        ranks, after = _estimates(sides, before)
-        following = iter(after)
-        self.vectors = [[next(following) for _ in vectors] for vectors in self.vectors]
+        ranks, self.vectors = _estimates(sides, self.vectors)
         self.on_left = not self.on_left
-        return torch.cat([rank.double().flatten() for rank in ranks])
+        return torch.cat([rank.double().flatten().to(ranks[0].device) for rank in ranks])
 
     def get_extra_state(self) -> dict[str, Any]:
-        r"""Hold the warm vectors, without which a resumed run would measure other last bits.
+        r"""Hold the baseline and the warm vectors, without which a resumed run would measure other last bits.
+
+        Sizes depend on the watched weights alone, so that the state of a guard that has not stepped yet can be the
+        place into which ``torch.distributed.checkpoint`` loads one.
 
         Returns:
-            The vectors by position, the side of the matrices that they belong to, and the steps.
+            The baseline, the vectors by position, the side of the matrices that they belong to, and the steps.
         """
-        flat = [vector for vectors in self.vectors for vector in vectors]
-        steps = {"step": self.step, "fired": self.fired, "seen": self.seen, "elapsed": self.elapsed}
-        return {**steps, "on_left": self.on_left, "vectors": {str(i): v.clone() for i, v in enumerate(flat)}}
+        steps = {name: getattr(self, name) for name in _STEPS}
+        flags = {"measured": int(self.measured), "on_left": int(self.on_left)}
+        vectors = {str(i): vector for i, vector in enumerate(self._padded_vectors())}
+        return {**steps, **flags, "baseline": self.baseline.clone(), "vectors": vectors}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        r"""Take the warm vectors back.
+        r"""Take the baseline and the warm vectors back.
 
         Args:
             state: What :meth:`get_extra_state` returned.
@@ -206,16 +213,23 @@ class StableRankFloor(Detector):
             ArgumentError: If it belongs to another set of weights.
         """
         saved = [state["vectors"][str(i)] for i in range(len(state["vectors"]))]
-        here = [vector for vectors in self.vectors for vector in vectors]
-        if len(saved) != len(here):
+        if [vector.shape for vector in saved] != [vector.shape for vector in self._padded_vectors()]:
             raise ArgumentError(
-                f"the saved detector watched {len(saved)} matrices and this one watches {len(here)}; "
+                f"the saved detector watched {len(saved)} matrices and this one watches {len(self.vectors)} or others; "
                 "attach with the same targets before loading"
             )
-        moved = iter([old.to(new.device, copy=True) for old, new in zip(saved, here, strict=True)])
-        self.vectors = [[next(moved) for _ in vectors] for vectors in self.vectors]
-        self.on_left = bool(state["on_left"])
-        self.step, self.fired, self.seen, self.elapsed = (int(state[n]) for n in ("step", "fired", "seen", "elapsed"))
+        self.measured, self.on_left = bool(state["measured"]), bool(state["on_left"])
+        rows = [m if self.on_left else n for m, n in self.sizes]
+        self.vectors = [old[..., :row, :].clone() for old, row in zip(saved, rows, strict=True)]
+        self.baseline = state["baseline"].detach().to("cpu", copy=True)
+        for name in _STEPS:
+            setattr(self, name, int(state[name]))
+
+    def _padded_vectors(self) -> list[Tensor]:
+        # Copies that are as long as the longer side, whichever side they belong to at the moment.
+        longest = [max(size) for size in self.sizes]
+        pairs = zip(self.vectors, longest, strict=True)
+        return [nn.functional.pad(vector, (0, 0, 0, size - vector.shape[-2])) for vector, size in pairs]
 
     def extra_repr(self) -> str:
         r"""Describe the settings.
@@ -226,14 +240,18 @@ class StableRankFloor(Detector):
         return f"fraction={self.fraction:g}, period={self.period}, decay={self.decay:g}"
 
 
+def _count(matrix: Matrix) -> int:
+    return math.prod(matrix.shape[:-2])
+
+
 def _fresh_ranks(matrix: Matrix) -> list[float]:
-    *batch, m, n = matrix.shape
-    return [m * n / (math.sqrt(m) + math.sqrt(n)) ** 2] * math.prod(batch)
+    m, n = matrix.shape[-2:]
+    return [m * n / (math.sqrt(m) + math.sqrt(n)) ** 2] * _count(matrix)
 
 
 # Up to this many elements a copy of the weight costs less than the kernels of a look at it alone. Measured with one
-# thread: 24 matrices of 128 x 128 take 0.5 ms stacked and 1.2 ms
-# one by one; of 512 x 512, 5.6 ms and 3.2 ms.
+# thread: 24 matrices of 128 x 128
+# take 0.5 ms stacked and 1.2 ms one by one; of 512 x 512, 5.6 ms and 3.2 ms.
 _STACKED_ELEMENTS = 1 << 16
 
 
@@ -252,7 +270,7 @@ def _estimates(matrices: list[Matrix], vectors: list[Tensor]) -> tuple[list[Tens
             ranks[i], following[i] = stable_rank_estimate(matrices[i], vectors[i])
             continue
         stacked = torch.stack([matrices[i] for i in members])  # type: ignore[misc]  # no sharded one has company
-        seen = stable_rank_estimate(stacked, torch.stack([vectors[i] for i in members]))
+        seen = stable_rank_estimate(stacked, torch.stack([vectors[i].to(stacked.device) for i in members]))
         ranks.update(zip(members, seen.stable_rank.unbind(), strict=True))
         following.update(zip(members, seen.vector.unbind(), strict=True))
     order = range(len(matrices))

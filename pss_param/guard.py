@@ -76,9 +76,8 @@ class Guard:
         for name, holders in self._slots.items():
             view = self.views[name] = view_at(holders[0])
             view.opened, view.tag = self._opened, self._tag
-        # The module that holds the first view, and its parametrizations: gone, or others, once they were removed.
-        self._home = next(iter(self._slots.values()))[0].module._modules
-        self._placed = self._home["parametrizations"]
+        self._first = next(iter(self._slots.values()))[0]
+        self._placed = self._first.views
         self.steps = self.triggers = self.nonfinite = self.resting = 0
         self._stale: set[str] = set()
         self._attached = True
@@ -311,14 +310,13 @@ class Guard:
         )
 
     def _require_ready(self, call: str) -> None:
-        placed = self._home.get("parametrizations") is self._placed
-        if not (self._attached and placed) or self._previewing or inside_backward():
+        if not (self._attached and self._first.views is self._placed) or self._previewing or inside_backward():
             self._refuse(call)
 
     def _refuse(self, call: str) -> None:
         if not self._attached:
             raise StateError(f"{call} on a detached guard; attach again with pss_param.attach(model)")
-        if self._home.get("parametrizations") is not self._placed:
+        if self._first.views is not self._placed:
             raise StateError(f"{call}, but pss_param.detach(model) has removed its views; attach again")
         if self._previewing:
             raise StateError(f"{call} inside guard.preview(); leave the preview first")

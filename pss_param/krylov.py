@@ -322,7 +322,7 @@ class Krylov:
 @lru_cache(maxsize=8)
 def _drawn(seed: int, rows: int, columns: int) -> Tensor:
     """The same numbers for matrices of one shape, drawn once; nobody writes to them."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 _REFLECTIONS = 1 << 20  # m b^2 up to which Householder's reflections on a CPU cost less than many small operations

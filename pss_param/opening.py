@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from pss_param.resharding import ThinSaving, reshard, resting_mesh
+from pss_param.resharding import ThinSaving, reshard, resting_layout
 from pss_param.slot import Slot
 from pss_param.view import SmoothingView
 
@@ -35,7 +35,7 @@ def open_views(
     for view in views:
         view.open()
         slot = slots[view.label][0]
-        view.resting = resting_mesh(model, slot.module, slot.weight)
+        view.resting = resting_layout(model, slot.module, slot.weight)
     if not eager:
         for view in views:
             if view.resting is not None:

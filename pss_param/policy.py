@@ -38,7 +38,8 @@ class GuardPolicy:
         seed: Seed of the views' own random generators.
         deferred: Whether a gradient is judged in the next step, so that the host never waits for the device. A spike
             is then smoothed one step later, so ``on_trigger`` can only be ``"smooth"``; non-finite gradients become
-            zeros on the device instead of None, and are counted and reported one step later.
+            zeros on the device instead of None, and are counted and reported one step later. A spike that lasts may
+            trigger twice in a row, since the second gradient was made before the first was judged.
 
     Raises:
         ArgumentError: If a value is out of its range.

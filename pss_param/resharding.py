@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pss_param.sharded import is_sharded
+from pss_param.sharded import Layout, is_sharded
 
 if TYPE_CHECKING:
     from pss_param.view import Factors, SmoothingView
 
-__all__ = ["ThinSaving", "fully_sharded", "reshard", "resting_mesh"]
+__all__ = ["ThinSaving", "fully_sharded", "reshard", "resting_layout"]
 
 
 def fully_sharded(model: nn.Module) -> list[nn.Module]:
@@ -59,8 +59,8 @@ def reshard(model: nn.Module) -> None:
         module.reshard()  # type: ignore[operator]
 
 
-def resting_mesh(model: nn.Module, module: nn.Module, weight: Tensor) -> Any:
-    r"""The mesh over which FSDP2 shards a weight at rest; call it at rest.
+def resting_layout(model: nn.Module, module: nn.Module, weight: Tensor) -> Layout | None:
+    r"""How FSDP2 shards a weight at rest; call it at rest.
 
     Args:
         model: The model.
@@ -68,12 +68,12 @@ def resting_mesh(model: nn.Module, module: nn.Module, weight: Tensor) -> Any:
         weight: The stored weight.
 
     Returns:
-        Its ``DeviceMesh``; None where FSDP2 does not manage the weight.
+        Its mesh and placements; None where FSDP2 does not manage the weight.
     """
     if not is_sharded(weight):
         return None
     managed = any(module is inner for outer in fully_sharded(model) for inner in outer.modules())
-    return weight.device_mesh if managed else None
+    return Layout(weight.device_mesh, tuple(weight.placements)) if managed else None
 
 
 class _Recipe(NamedTuple):

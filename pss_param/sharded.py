@@ -11,10 +11,15 @@ as thin as the product, never the matrix.
 # Note [Which rows and columns are here]
 A rank holds the rows and columns that it would hold of the numbers of rows and columns, sharded likewise. That
 asks no formula for uneven shards or for the strided order that tensor parallelism and FSDP2 produce together.
+
+# Note [The same bits cut and whole]
+A matrix product of fewer rows may run in another kernel, which adds in another order. Where FSDP2 cuts a weight at
+rest, a forward pass would then show other last bits than the shards that a fold or a checkpoint stores. So what is
+whole in forward is made piece by piece too.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -25,7 +30,7 @@ from pss_param.errors import ArgumentError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["ShardedMatrix", "is_sharded", "local_product", "whole_norm"]
+__all__ = ["Cut", "Layout", "ShardedMatrix", "cut_product", "is_sharded", "local_product", "whole_norm"]
 
 # Partial products of at most so many ranks are exchanged and added in order; of more, reduced.
 _ORDERED_RANKS = 16
@@ -196,20 +201,86 @@ class ShardedMatrix:
         return total
 
 
-def local_product(weight: "DTensor", left: Tensor, right: Tensor) -> "DTensor":
+class Cut(NamedTuple):
+    """How FSDP2 cuts at rest what a forward pass has in one piece; see Note [The same bits cut and whole].
+
+    Attributes:
+        dim: The dimension that is cut.
+        pieces: Their number, as :func:`torch.chunk` makes them.
+    """
+
+    dim: int = 0
+    pieces: int = 1
+
+
+_WHOLE = Cut()
+
+
+class Layout(NamedTuple):
+    """Where a sharded weight lies.
+
+    Attributes:
+        mesh: Its ``DeviceMesh``.
+        placements: Its placements, one per dimension of the mesh.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    def cut_of(self, weight: Tensor) -> Cut:
+        r"""How the pieces of this layout cut what another, coarser one has.
+
+        Args:
+            weight: The weight in the coarser layout, plain or sharded over some dimensions of the mesh.
+
+        Returns:
+            The cut of that weight, or of its local part.
+        """
+        kept = set(weight.device_mesh.mesh_dim_names or ()) if is_sharded(weight) else set()
+        names = self.mesh.mesh_dim_names or (None,) * self.mesh.ndim
+        for i, (name, place) in enumerate(zip(names, self.placements, strict=True)):
+            if name not in kept and getattr(place, "dim", None) is not None:
+                return Cut(place.dim, self.mesh.size(i))
+        return Cut()
+
+
+def cut_product(left: Tensor, right: Tensor, cut: Cut) -> Tensor:
+    r"""``left @ right``, each piece of a cut by itself.
+
+    Args:
+        left: ``(m, r)``.
+        right: ``(r, n)``.
+        cut: The pieces.
+
+    Returns:
+        ``(m, n)``; every piece has the bits that it has where it is made alone.
+    """
+    left, right = left.contiguous(), right.contiguous()
+    if cut.pieces == 1:
+        return left @ right
+    whole, start = left.new_empty(left.shape[0], right.shape[1]), 0
+    for piece in (left if cut.dim == 0 else right).chunk(cut.pieces, cut.dim):
+        product = piece @ right if cut.dim == 0 else left @ piece.contiguous()
+        whole.narrow(cut.dim, start, piece.shape[cut.dim]).copy_(product)
+        start += piece.shape[cut.dim]
+    return whole
+
+
+def local_product(weight: "DTensor", left: Tensor, right: Tensor, cut: Cut = _WHOLE) -> "DTensor":
     r"""``left @ right`` where the weight has its rows and columns; nothing is communicated.
 
     Args:
         weight: The sharded matrix ``(m, n)``.
         left: ``(m, r)``, the same on every rank.
         right: ``(r, n)``, the same on every rank.
+        cut: The pieces in which the local part is made.
 
     Returns:
         A ``DTensor`` with the mesh, placements and shape of ``weight`` and the dtype of the factors.
     """
     device = weight.to_local().device
     rows, columns = _indices(weight, 0), _indices(weight, 1)
-    return _wrapped(left.to(device)[rows] @ right.to(device)[:, columns], weight)
+    return _wrapped(cut_product(left.to(device)[rows], right.to(device)[:, columns], cut), weight)
 
 
 def local_part(weight: "DTensor", whole: Tensor) -> "DTensor":

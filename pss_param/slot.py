@@ -19,7 +19,8 @@ of the module have nothing that points back to the original.
 # Note [Attached is invisible to walkers]
 ``parallelize_module`` applies its recipe to every module that ``named_modules`` of a layer yields, and fails on the
 containers of a parametrization; other tools count or pick layers there. So ``named_modules`` and ``modules`` of an
-attached model yield what they yield of the plain one. The views are still children: ``train``, ``to`` and checkpoints
+attached model yield what they yield of the plain one, and what others have put over the views, whose parameters an
+optimizer must find. The views are still children: ``train``, ``to`` and checkpoints
 go through these.
 
 # Note [One class for all layers of a kind]
@@ -58,13 +59,21 @@ class _InPlaceDict(nn.ModuleDict):
     ) -> Iterator[tuple[str, nn.Module]]:
         if not all(isinstance(views, _InPlaceList) for views in self._modules.values()):
             yield from super().named_modules(memo, prefix, remove_duplicate)
+            return
+        for name, views in self._modules.items():
+            if views is not None:
+                yield from views.named_modules(memo, f"{prefix}.{name}", remove_duplicate)
 
 
 class _InPlaceList(parametrize.ParametrizationList):
     """The parametrizations of a Parameter that stays with its owner; see the notes of this file."""
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        yield from ()
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        for place, other in list(self._modules.items())[1:]:  # the view is the first
+            if other is not None:
+                yield from other.named_modules(memo, f"{prefix}.{place}", remove_duplicate)
 
     @property
     def original(self) -> Tensor:  # type: ignore[override]
@@ -130,6 +139,12 @@ class Slot:
         if weight is None:
             raise StateError(f"the module no longer holds a parameter {self.name!r}; detach before removing it")
         return weight
+
+    @property
+    def views(self) -> nn.Module | None:
+        r"""The list that begins with the view, None where nothing is registered."""
+        lists = self.module._modules.get("parametrizations")
+        return None if lists is None else lists._modules.get(self.name)
 
     def put(self, view: SmoothingView) -> None:
         r"""Register the view over the Parameter, which stays where it is.

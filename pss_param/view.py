@@ -32,7 +32,7 @@ from pss_param.compiled import note_traced
 from pss_param.errors import NonFiniteError, StateError
 from pss_param.matricize import Matricization
 from pss_param.resharding import ThinSaving
-from pss_param.sharded import is_sharded, local_part, local_product
+from pss_param.sharded import Cut, Layout, cut_product, is_sharded, local_part, local_product
 from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing, correction
 
 __all__ = ["SmoothingView", "inside_backward", "refuse_inside_backward"]
@@ -101,7 +101,7 @@ class SmoothingView(nn.Module):
         self.was_read = False
         self.factors: tuple[Factors, ...] | None = None
         self.pending = _PendingReads()
-        self.resting: Any = None
+        self.resting: Layout | None = None
         self.thin: ThinSaving | None = None
         # The views of one guard share both, so that it need not ask each of them at every step.
         self.opened: set[str] = set()
@@ -130,7 +130,7 @@ class SmoothingView(nn.Module):
                     "pass policy=GuardPolicy(prepare='eager') to pss_param.attach"
                 )
             return self.apply_factors(weight, self.factors)
-        if self.resting is not None and is_sharded(weight) and weight.device_mesh == self.resting:
+        if self.resting is not None and is_sharded(weight) and weight.device_mesh == self.resting.mesh:
             return weight  # Note [At rest and in forward] of resharding.py
         recomputing = inside_backward()
         if recomputing and not self.was_read:
@@ -268,7 +268,10 @@ class SmoothingView(nn.Module):
     def _delta(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
         if is_sharded(weight):
             return self._local_delta(weight, factors)
-        parts = tuple(left.to(weight.device) @ right.to(weight.device) for left, right in factors)
+        factors = tuple(Factors(left.to(weight.device), right.to(weight.device)) for left, right in factors)
+        if self.matricization.linear and self.resting is not None:
+            return cut_product(*factors[0], self._cut(weight))
+        parts = tuple(left @ right for left, right in factors)
         if self.matricization.linear:
             return parts[0]
         # Parts that are left alone lose nothing; join would take them from the weight.
@@ -278,9 +281,15 @@ class SmoothingView(nn.Module):
     def _local_delta(self, weight: Any, factors: tuple[Factors, ...]) -> Tensor:
         # Every rank has the thin factors and makes its own piece of their product: nothing is communicated.
         if self.matricization.linear:
-            return local_product(weight, *factors[0])
+            return local_product(weight, *factors[0], self._cut(weight))
         whole = torch.zeros(weight.shape, dtype=factors[0].left.dtype, device=weight.to_local().device)
         return local_part(weight, self._delta(whole, factors))
+
+    def _cut(self, weight: Tensor) -> Cut:
+        # Note [The same bits cut and whole] of sharded.py; at rest a shard is one piece.
+        if self.resting is None or (is_sharded(weight) and weight.device_mesh == self.resting.mesh):
+            return Cut()
+        return self.resting.cut_of(weight)
 
     def _decompose(self, weight: Tensor) -> tuple[Factors, ...]:
         # inference_mode would make tensors that a later training step cannot use.

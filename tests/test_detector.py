@@ -131,6 +131,7 @@ def test_floor_tracks_the_stable_rank_from_above(dtype):
     weights = {"a": (torch.randn(48, 32).to(dtype),), "b": (torch.randn(3, 20, 40).to(dtype),)}
     detector = StableRankFloor(period=1)
     detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
     direction = torch.outer(torch.randn(48), torch.randn(32)) / 40
     for _ in range(30):
         weights["a"][0].add_(direction.to(dtype))
@@ -156,6 +157,7 @@ def test_floor_names_the_weights_that_fell_as_long_as_they_are_low():
     weights = {name: (torch.randn(24, 24),) for name in ("a", "b", "c")}
     detector = StableRankFloor(fraction=0.5)
     detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
     weights["b"][0].add_(torch.outer(torch.randn(24), torch.randn(24)))
     verdicts = run_floor(detector, weights, 24)
     assert all(verdict.triggered for verdict in verdicts[-10:])
@@ -183,6 +185,7 @@ def test_floor_follows_a_slow_fall_and_not_a_fast_one():
     weights = {"a": (torch.diag(spread).contiguous(),)}
     detector = StableRankFloor(period=1, decay=0.99)
     detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
     start = float(detector.baseline)
     for step in range(600):
         weights["a"][0][0, 0] = 1 + 2 * step / 600
@@ -208,6 +211,7 @@ def test_floor_survives_a_weight_that_was_zero_or_nan_for_a_while(bad):
     healthy = weights["a"][0].clone()
     detector = StableRankFloor(period=1)
     detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
     weights["a"][0].fill_(bad)
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 3))
     weights["a"][0].copy_(healthy + torch.outer(torch.randn(16), torch.randn(24)))
@@ -228,6 +232,91 @@ def test_floor_resumes_bit_exactly():
         weights["a"][0].add_(0.05)
         one, two = detector.look(lambda: weights)[0], resumed.look(lambda: weights)[0]
         assert torch.equal(one, two)
+    assert torch.equal(detector.baseline, resumed.baseline)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_the_size_of_a_floors_state_depends_on_the_weights_alone(steps):
+    weights = {"a": (torch.randn(16, 24),), "b": (torch.randn(2, 8, 4),)}
+    fresh, used = StableRankFloor(period=1), StableRankFloor(period=1)
+    for detector in (fresh, used):
+        detector.bind(lambda: weights)
+    run_floor(used, weights, steps)
+    sizes = [
+        {key: getattr(value, "shape", None) for key, value in flattened(detector.get_extra_state()).items()}
+        for detector in (fresh, used)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def flattened(state):
+    return {**state, **{f"vectors.{key}": value for key, value in state["vectors"].items()}}
+
+
+def test_a_floor_that_was_saved_before_its_first_step_measures_when_it_resumes():
+    weights = {"a": (torch.eye(8),)}
+    saved, resumed = StableRankFloor(period=1), StableRankFloor(period=1)
+    saved.bind(lambda: weights)
+    resumed.bind(lambda: weights)
+    run_floor(resumed, weights, 3)
+    resumed.load_state_dict(saved.state_dict())
+    weights["a"][0][0, 0] = 9.0
+    assert not any(verdict.triggered for verdict in run_floor(resumed, weights, 5))
+    assert float(resumed.baseline) < 2.0
+
+
+def test_a_floor_resumes_before_its_model_has_values():
+    weights = {"a": (torch.eye(8),)}
+    saved, resumed = StableRankFloor(period=1), StableRankFloor(period=1)
+    saved.bind(lambda: weights)
+    run_floor(saved, weights, 3)
+    resumed.bind(lambda: {"a": (torch.empty(8, 8, device="meta"),)})
+    resumed.load_state_dict(saved.state_dict())
+    weights["a"][0][0, 0] = 12.0
+    assert any(verdict.triggered for verdict in run_floor(resumed, weights, 10))
+
+
+def test_a_floor_refuses_the_state_of_other_shapes():
+    saved, other = StableRankFloor(period=1), StableRankFloor(period=1)
+    saved.bind(lambda: {"a": (torch.eye(8),)})
+    other.bind(lambda: {"a": (torch.eye(6),)})
+    with pytest.raises(ArgumentError, match="attach with the same targets"):
+        other.load_state_dict(saved.state_dict())
+
+
+def test_weights_that_come_after_attach_are_no_collapse():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(64, 64),)}
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: weights)
+    weights["a"][0].copy_(torch.randn(64, 64) + torch.outer(torch.randn(64), torch.randn(64)))
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 20))
+
+
+def test_a_weight_of_zeros_is_watched_from_its_first_values_on():
+    torch.manual_seed(0)
+    weights = {"a": (torch.zeros(24, 24),)}
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: weights)
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 3))
+    weights["a"][0].copy_(torch.randn(24, 24))
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 12))
+    weights["a"][0].add_(torch.outer(torch.randn(24), torch.randn(24)))
+    assert run_floor(detector, weights, 12)[-1].triggered
+
+
+def test_statistics_live_on_the_host_whatever_the_default_device_is():
+    weights = {"a": (torch.eye(8),)}
+    detector = AnyOf(GradientNormRatio(), StableRankFloor(period=1))
+    torch.set_default_device("meta")
+    try:
+        detector.bind(lambda: weights)
+        detector.judge(1.0, [look.tolist() for look in detector.look(lambda: weights)])
+        state = detector.state_dict()
+    finally:
+        torch.set_default_device(None)
+    assert state["members.0.average"].item() == 1.0
+    assert state["members.1._extra_state"]["baseline"].tolist() == pytest.approx([2.0])
 
 
 def test_floor_refuses_other_weights_and_use_without_a_guard():
@@ -266,6 +355,7 @@ def test_floor_lets_an_orthogonal_matrix_become_an_ordinary_one():
     weights = {"a": (square,)}
     detector = StableRankFloor(period=1)
     detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
     assert detector.baseline.tolist() == pytest.approx([16.0])
     weights["a"][0].copy_(torch.randn(64, 64) / 8)
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 30))

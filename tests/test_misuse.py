@@ -147,6 +147,49 @@ def test_weight_norm_registered_over_a_view_has_to_go_first():
     assert same(before, snapshot(model))
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight):
+        return self.factor * weight
+
+
+def test_what_is_put_over_a_view_is_found_by_optimizers_and_learns():
+    model = stack()
+    attach(model, targets="all")
+    over = Scaled()
+    parametrize.register_parametrization(model[0], "weight", over)
+    assert dict(model.named_parameters())["0.parametrizations.weight.1.factor"] is over.factor
+    assert sum(parameter is over.factor for parameter in model.parameters()) == 1
+    assert [module for module in model.modules() if module is over] == [over]
+    backward(model)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert over.factor.item() != 1
+
+
+def test_detach_by_function_is_noticed_where_the_layer_keeps_another_parametrization():
+    model = stack()
+    guard = attach(model, TargetRules(preset="all"))
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    backward(model)
+    guard.step()
+    detach(model)
+    backward(model)
+    with pytest.raises(StateError, match="has removed its views"):
+        guard.step()
+
+
+def test_a_model_that_is_cast_after_attach_is_guarded_in_its_new_precision():
+    model = stack()
+    guard = attach(model, targets="all")
+    model.double()
+    model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    assert not guard.step().triggered
+    assert len(list(guard.detector.members)[1].baseline) == 3
+
+
 def test_lora_through_peft_before_and_after_attach():
     peft = pytest.importorskip("peft")
 
