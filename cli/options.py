@@ -45,7 +45,8 @@ _SELECTION = (
 _SMOOTHING = (
     click.option(
         "--strength", type=click.Choice(WORDS["strength"]), default=RepairOptions.strength, show_default=True,
-        help="gentle: what stands out in the blocks' matrices; deep: all matrices, norms and biases.",
+        help="gentle: what stands out in the blocks' matrices; deep: all matrices, norms and biases; "
+        "auto: by how far the matrices have outgrown fresh ones.",
     ),
     click.option(
         "--smoothing", type=click.Choice([*SHAPES, *WHOLE_MATRIX_SHAPES]),

@@ -48,6 +48,8 @@ def _show(report: Report) -> None:
         show_drift(report.drift)
     for name, restored in report.restored.items():
         say(f"took {name} from the reference: {restored.nonfinite} of its values were NaN or infinite")
+    if report.reason:
+        say(report.reason)
     if report.vectors:
         say(f"{len(report.vectors)} norms and biases are back at their initial values")
     if report.optimizer.reset:

@@ -22,7 +22,7 @@ WORDS = {
     "nonfinite": ("refuse", "reference"),
     "where": ("all", "drifted"),
     "optimizer": ("keep", "reset", "reset-all"),
-    "strength": ("gentle", "deep"),
+    "strength": ("auto", "gentle", "deep"),
 }
 """Options of few words, with the words."""
 
@@ -58,7 +58,7 @@ class RepairOptions:
             ``"bulk"``, or ``"init"`` in a deep repair.
         rank: number of directions to smooth; None lets the edge decide.
         init_std: standard deviation of a fresh weight, for ``edge="init"``; None asks the model's config,
-            then takes PyTorch's rule ``1 / sqrt(3 * fan_in)``.
+            then takes PyTorch's rule ``1 / sqrt(3 * fan_in)``. ``strength="auto"`` judges growth by it.
         tol: residual of the dominant directions at which the computation may stop, relative to the spectral
         norm.
         targets: preset of weights: ``"linear"``, ``"attention"``, ``"qk"``, ``"mlp"`` or ``"all"``.
@@ -78,7 +78,9 @@ class RepairOptions:
         verify: whether to read the copy again before it gets its name.
         device: where to compute: ``"auto"`` (a CUDA device if there is one), ``"cpu"``, ``"cuda:1"``, ...
         seed: of the random start of the iteration; the same seed and device give the same bytes.
-        strength: ``"gentle"`` brings down what stands out of the matrices inside the blocks and keeps the rest.
+        strength: ``"auto"`` chooses by how far the matrices inside the blocks have outgrown fresh ones, see
+            :mod:`pss_param.strength`, and is ``"gentle"`` where edge, smoothing, rank, targets or where are given.
+            ``"gentle"`` brings down what stands out of the matrices inside the blocks and keeps the rest.
             ``"deep"`` undoes all that a deadly learning rate does: matrices inside the blocks get equal singular
             values at the scale of fresh ones, matrices that ``targets`` leaves out (heads and stems, not embeddings)
             come down to twice a fresh matrix's spectral norm, gains of norms go back to 1 and biases to 0.
@@ -102,7 +104,7 @@ class RepairOptions:
     verify: bool = True
     device: str = "auto"
     seed: int = 0
-    strength: str = "gentle"
+    strength: str = "auto"
 
     def __post_init__(self) -> None:
         r"""Check what can be checked without a checkpoint.
@@ -121,7 +123,7 @@ class RepairOptions:
                 raise ArgumentError(f"{words} needs a healthy checkpoint; pass reference (--reference GOOD)")
         if not 0 < self.drifted_below <= 1:
             raise ArgumentError(f"drifted_below must be above 0 and at most 1, got {self.drifted_below:g}")
-        if self.init_std is not None and self.rule().edge != "init":
+        if self.init_std is not None and self.rule().edge != "init" and not self.open:
             raise ArgumentError(f'init_std is only used by edge="init", the edge is {self.rule().edge!r}')
         if self.deep and (self.targets != "linear" or self.where != "all"):
             raise ArgumentError(
@@ -164,6 +166,12 @@ class RepairOptions:
     def deep(self) -> bool:
         r"""Whether more than the targets is treated."""
         return self.strength == "deep"
+
+    @property
+    def open(self) -> bool:
+        r"""Whether the strength is to be chosen by what the checkpoint holds, since nothing else says how to smooth."""
+        said = (self.edge, self.smoothing, self.rank) != (None, None, None)
+        return self.strength == "auto" and not said and (self.targets, self.where) == ("linear", "all")
 
     def to_dict(self) -> dict[str, Any]:
         r"""The options in plain Python types, for the report.

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""From named tensors to the list of those that are smoothed, by names, shapes and types alone."""
+r"""From named tensors to the list of those that are smoothed, by names, shapes and types."""
 
 import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pss_param.checkpoint import StoredTensor
@@ -102,7 +103,7 @@ class Plan:
 
 
 def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> Plan:
-    r"""Choose targets by name, shape and type; nothing is read.
+    r"""Choose targets by name, shape and type; only a head that may be a tied embedding is read.
 
     Args:
         source: the tensors.
@@ -162,8 +163,18 @@ def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: Tensor
     if kernels:
         include = (*rules.include, *map(glob.escape, kernels))
         found = select_tensors(infos, replace(wider, include=include), source.config)
-    tables = {source.tensors[target.name].storage for target in found.targets if not _is_a_map(target, infos)}
-    return {target.name: target for target in found.targets if source.tensors[target.name].storage not in tables}
+    maps = {target.name: target for target in found.targets if _is_a_map(target, infos)}
+    tables = [target.name for target in found.targets if target.name not in maps]
+    return {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
+
+
+def _tied(source: TensorSource, name: str, table: str) -> bool:
+    # Distributed checkpoints store a tied head and its table one by one: what is loaded last would win.
+    one, other = source.tensors[name], source.tensors[table]
+    if one.storage == other.storage:
+        return True
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and all(torch.equal(a, b) for a, b in zip(source.blocks(name), source.blocks(table), strict=False))
 
 
 def _is_a_map(target: Target, infos: Mapping[str, TensorInfo]) -> bool:

@@ -21,6 +21,7 @@ from pss_param.optimizer_edit import OptimizerEditor
 from pss_param.options import ProgressHook, RepairOptions
 from pss_param.plan import StateDictSource, make_plan
 from pss_param.report import OptimizerReport, Report, report_path
+from pss_param.strength import settle
 from pss_param.surgery import digest
 
 
@@ -53,6 +54,7 @@ def repair_state_dict(
     """
     options = options or RepairOptions()
     source, result, start = StateDictSource(state_dict), dict(state_dict), time.perf_counter()
+    options, reason = settle(source, options)
     plan = make_plan(source, options.rules(), options.deep)
     aliases: dict[Any, list[str]] = {}
     for name, stored in source.tensors.items():
@@ -63,7 +65,7 @@ def repair_state_dict(
             result[alias] = value
 
     outcome = operate(Job(source, plan, options, "the state dict", progress), put)
-    report = Report(None, None, "state_dict", options.to_dict(), outcome.tensors, {}, 0.0)
+    report = Report(None, None, "state_dict", options.to_dict(), outcome.tensors, {}, 0.0, reason=reason)
     return result, _completed(report, outcome, start)
 
 
@@ -100,9 +102,10 @@ def repair_checkpoint(
     destination = default_output(path) if output is None else Path(output)
     with open_checkpoint(path) as layout:
         optimizers = OptimizerEditor(layout, options.optimizer, options.param_order)
+        options, reason = settle(layout, options)
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
-        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0)
+        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason)
         if dry_run:
             return _completed(report, _with_optimizer(job, optimizers, None), start)
         return _write(job, layout, optimizers, (destination, force), lambda found: _completed(report, found, start))

@@ -37,6 +37,7 @@ every value of an object whose keys are names of tensors. A pair is a list of tw
 - ``restored`` (object of objects): tensors that were taken from the reference because they held NaN or infinity.
 - ``restored{}.nonfinite`` (integer): how many of its values were not finite.
 - ``restored{}.digest`` (text): as ``tensors[].digest``.
+- ``reason`` (text): the strength that ``strength="auto"`` chose, and why; empty where it was given.
 - ``vectors`` (object of texts): norms and biases that a deep repair put back to their initial values; each with its
   digest, as ``tensors[].digest``.
 - ``drift`` (list of objects): how far each target had moved from the reference before the repair; empty without one.
@@ -233,6 +234,7 @@ class Report:
         drift: how far each target had moved from the reference before the repair; empty without one.
         optimizer: what was done to the optimizer's state.
         vectors: digests by name of the norms and biases that a deep repair put back to their initial values.
+        reason: the strength that ``"auto"`` chose, and why; empty where it was given.
 
     Example:
         >>> report = Report(None, None, "state_dict", {"edge": "bulk"}, (), {"ids": "integers"}, 0.0)
@@ -251,6 +253,7 @@ class Report:
     drift: tuple[TensorDrift, ...] = ()
     optimizer: OptimizerReport = field(default_factory=OptimizerReport)
     vectors: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
     version: str = __version__
     schema: str = field(default=SCHEMA)
 

@@ -39,7 +39,7 @@ def test_non_finite_tensors_are_taken_from_a_reference_of_another_format(pair):
     good, bad = pair
     with pytest.raises(NonFiniteError, match=r"norm.weight \(2\)"):
         repair_checkpoint(bad, options=RepairOptions(reference=good))
-    report = repair_checkpoint(bad, options=RepairOptions(reference=good, nonfinite="reference"))
+    report = repair_checkpoint(bad, options=RepairOptions(strength="gentle", reference=good, nonfinite="reference"))
     assert {name: found.nonfinite for name, found in report.restored.items()} == {UP.format(1): 1, NORM: 2}
     old, new = torch.load(good, weights_only=True)["model"], load_file(report.output)
     for name in report.restored:
@@ -95,7 +95,7 @@ def test_compare_names_what_cannot_be_compared(tmp_path):
 
 def test_verify_finds_every_kind_of_change(pair, tmp_path):
     good, bad = pair
-    options = RepairOptions(reference=good, nonfinite="reference")
+    options = RepairOptions(strength="gentle", reference=good, nonfinite="reference")
     report = repair_checkpoint(bad, tmp_path / "out", options)
     assert not verify_checkpoint(tmp_path / "out", bad).problems
     original = load_file(tmp_path / "out")

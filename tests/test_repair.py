@@ -79,7 +79,7 @@ def test_only_the_repaired_spans_differ(checkpoint):
 
 
 def test_the_strong_direction_comes_down_to_the_bulk_and_the_rest_stays(checkpoint):
-    repair_checkpoint(checkpoint)
+    repair_checkpoint(checkpoint, options=RepairOptions(strength="gentle"))
     old, new = load_file(checkpoint), load_file(checkpoint.with_name("model.repaired.safetensors"))
     for name in [name for name in old if "proj" in name]:
         before, after = (torch.linalg.svdvals(w[name].double()) for w in (old, new))
@@ -112,7 +112,7 @@ def test_the_report_schema_is_frozen(checkpoint, tmp_path):
     content = json.loads(repair_checkpoint(checkpoint, options=options, dry_run=True).to_json())
     assert list(content) == [
         "schema", "version", "source", "output", "format", "options", "tensors", "skipped", "seconds", "restored",
-        "drift", "optimizer", "vectors",
+        "drift", "optimizer", "vectors", "reason",
     ]  # fmt: skip
     assert content["schema"] == "pss-param/repair-report/1"
     assert list(content["tensors"][0]) == [
@@ -263,7 +263,7 @@ def test_reference_must_fit(checkpoint):
         with pytest.raises(ArgumentError, match="same model"):
             repair_checkpoint(checkpoint, options=RepairOptions(edge="reference", reference=healthy))
     for options in (
-        {"edge": "reference"}, {"nonfinite": "reference"}, {"where": "drifted"}, {"init_std": 0.1}, {"device": "warp"},
+        {"edge": "reference"}, {"nonfinite": "reference"}, {"where": "drifted"}, {"init_std": 0.1, "strength": "gentle"}, {"device": "warp"},
         {"optimizer": "burn"}, {"drifted_below": 0.0}, {"optimizer": "reset"},
     ):  # fmt: skip
         with pytest.raises((ArgumentError, CheckpointError)):
@@ -274,7 +274,7 @@ def test_a_matrix_without_a_bulk_is_left_alone_with_a_reason():
     low = torch.outer(torch.randn(48), torch.randn(48))
     zero = torch.zeros(48, 48)
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
-    repaired, report = repair_state_dict(dict(zip(names, (low, zero), strict=True)))
+    repaired, report = repair_state_dict(dict(zip(names, (low, zero), strict=True)), RepairOptions(strength="gentle"))
     assert report.changed == ()
     assert repaired[names[0]] is low
     assert "rank" in report.tensors[0].matrices[0].note

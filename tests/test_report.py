@@ -50,6 +50,7 @@ FROZEN = {
     "restored{}.nonfinite": "integer",
     "restored{}.digest": "text",
     "vectors": "object of texts",
+    "reason": "text",
     "drift": "list of objects",
     "drift[].name": "text",
     "drift[].role": "text",

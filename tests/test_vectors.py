@@ -61,7 +61,7 @@ def test_a_deep_repair_undoes_shape_scale_norms_and_biases():
 
 def test_a_gentle_repair_leaves_vectors_and_heads_alone():
     before = spoiled()
-    after, report = pss.repair_state_dict(before)
+    after, report = pss.repair_state_dict(before, pss.RepairOptions(strength="gentle"))
     assert report.changed == ("layers.0.mlp.up_proj.weight",)
     assert [name for name in before if after[name] is not before[name]] == ["layers.0.mlp.up_proj.weight"]
     assert not report.vectors

@@ -14,10 +14,11 @@ REMEDIES = (
     "continue",
     "reset-rewarmup",
     "halve-lr",
+    "repair",
+    "repair-reset",
+    "repair-guard",
     "repair-gentle",
     "repair-deep",
-    "repair-deep-reset",
-    "repair-deep-guard",
     "restart",
     "back-100",
 )

@@ -46,11 +46,11 @@ RIVALS = (
 
 CORE = (
     "continue",
+    "repair",
+    "repair-reset",
+    "repair-guard",
     "repair-gentle",
     "repair-deep",
-    "repair-deep-guard",
-    "repair-deep-reset",
-    "repair-init",
     "restart",
     "never",
     "back-100",
@@ -63,7 +63,7 @@ CORE = (
 ABLATION_TASKS = ("gpt-postln-adamw", "gpt-preln-adamw", "mlp-adamw")
 ABLATION_GRID = (1.0, 8.0, 16.0)
 DYING = (10, 20, 40, 80, 160, 320)
-RECOVERY = ("continue", "repair-gentle", "repair-deep", "restart", "never")
+RECOVERY = ("continue", "repair", "repair-reset", "restart", "never", "back-100")
 
 
 def ranges(names: tuple[str, ...], methods: tuple[str, ...], seeds: range, grid: tuple[float, ...]) -> Iterator[Spec]:
@@ -133,7 +133,7 @@ def healthy(names: tuple[str, ...], seeds: range) -> Iterator[Spec]:
     """
     for seed in seeds:
         for task in names:
-            for remedy in ("continue", "repair-gentle", "repair-deep", "repair-init"):
+            for remedy in ("continue", "repair", "repair-gentle", "repair-deep"):
                 yield Spec("healthy", task, remedy, seed, 1.0, "late")
 
 
@@ -144,7 +144,7 @@ def quick() -> list[Spec]:
         The runs.
     """
     some = ("gpt-postln-adamw", "vit-adamw", "mlp-adamw", "lstm-adamw")
-    remedies = ("continue", "repair-gentle", "repair-deep", "restart", "never", "back-100")
+    remedies = ("continue", "repair", "repair-reset", "restart", "never", "back-100")
     return [*rescues(some, remedies, range(2)), *ranges(some, HEADLINE[:5], range(1), GRID), *healthy(some, range(1))]
 
 

@@ -73,13 +73,13 @@ def rescue(records: Records, path: Path) -> Path:
     for number, task in enumerate(records.values("task", question="rescue")):
         points = []
         for spec in rescues.dead_checkpoints(records, "late", 0, task):
-            mine, restart = (rescues.partner(records, spec, name) for name in ("repair-deep", "restart"))
+            mine, restart = (rescues.partner(records, spec, name) for name in ("repair-reset", "restart"))
             if mine and restart:
                 points.append((loss(restart) / restart["trivial"], loss(mine) / mine["trivial"]))
         if points:
             axis.scatter(*zip(*points, strict=True), color=f"C{number}", label=task, s=28)
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.6)
-    axis.set(xlabel="restart from scratch: loss / trivial loss", ylabel="repaired and resumed: loss / trivial loss")
+    axis.set(xlabel="restart from scratch: loss / trivial loss", ylabel="repaired, moments reset: loss / trivial loss")
     axis.set_title("late deaths: below the line, the repair is ahead", fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)

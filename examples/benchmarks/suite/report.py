@@ -173,7 +173,7 @@ def recovery_table(records: Records) -> str:
     rows = []
     for task in records.values("task", question="rescue"):
         for dying in sorted(n for n in records.values("dying", question="rescue", task=task) if n):
-            t = rescues.tally(records, rescues.dead_checkpoints(records, "late", dying, task), "repair-deep")
+            t = rescues.tally(records, rescues.dead_checkpoints(records, "late", dying, task), "repair")
             if t.count:
                 rows.append([task, str(dying), *_counted(t)])
     return table(["task", "steps at the deadly rate", *COUNTED], rows)
@@ -246,13 +246,11 @@ def sections(records: Records) -> dict[str, str]:
         "Interventions and time": events_table(records),
         "Lead": lead_table(records),
         "Rescue of late deaths": rescue_table(records, "late"),
-        "Rescue of late deaths, by task: deep repair": task_table(records, "late", "repair-deep"),
-        "Rescue of late deaths, by task: gentle repair": task_table(records, "late", "repair-gentle"),
+        "Rescue of late deaths, by task: repair, moments kept": task_table(records, "late", "repair"),
+        "Rescue of late deaths, by task: repair, moments reset": task_table(records, "late", "repair-reset"),
         "Rescue of late deaths, by task: roll back 100 steps": task_table(records, "late", "back-100"),
         "Rescue of early deaths, at the rate that killed": rescue_table(records, "early"),
-        "Rescue of early deaths, by task: deep repair with the guard": task_table(
-            records, "early", "repair-deep-guard"
-        ),
+        "Rescue of early deaths, by task: repair with the guard": task_table(records, "early", "repair-guard"),
         "Repair of healthy checkpoints": healthy_table(records),
         "How late a repair still works": recovery_table(records),
     }

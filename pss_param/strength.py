@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""How strong a repair has to be, judged by how far the matrices inside the blocks have outgrown fresh ones.
+
+# Note [Why growth decides]
+A deadly learning rate leaves a network whose matrices, norms and biases have all grown, and cutting what stands out
+of the matrices then brings little back. Of eight networks that had learned and were then killed
+(``examples/benchmarks/results/stability.md``), a gentle repair brought half back to learning, far behind fresh weights
+trained for as long, and a deep one all, level with them. Their median growth was 2.8 to 370, that of the same networks
+in health 1.0 to 1.7; there the gentle repair lost next to nothing. Growth is no proof: without a bound on their scale
+(a convolution before batch normalisation, an LSTM) or after very long training, healthy matrices have outgrown fresh
+ones as well, by 5 to 11 in the suite and by 6 in a pretrained MiniLM, and numbers alone cannot tell. So the choice is
+told, with its reason and the other one; a healthy checkpoint as ``reference`` takes the place of the fresh matrices.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from pss_param.edges import init
+from pss_param.options import RepairOptions, pick_device
+from pss_param.plan import TensorSource, make_plan
+from pss_param.reference import HealthySource
+from pss_param.spectrum import spectral_norm
+from pss_param.surgery import parts_of
+from pss_param.targets import Target
+
+GROWN = 2.0
+"""From this median growth on a repair is deep."""
+
+_SAMPLE = 16  # tensors, evenly over the depth: a median of so many does not hang on one of them
+
+
+def settle(source: TensorSource, options: RepairOptions) -> tuple[RepairOptions, str]:
+    r"""Choose between a gentle and a deep repair, where the options leave it open.
+
+    .. math:: \operatorname{median}_i \, \lVert W_i \rVert_2 / \lVert W_i^\mathrm{fresh} \rVert_2 \ge 2
+        \iff \text{deep}, \qquad
+        \lVert W^\mathrm{fresh} \rVert_2 = \text{std} \, (\sqrt m + \sqrt n)
+
+    over 16 targets inside the blocks, evenly over the depth; see Note [Why growth decides].
+
+    Args:
+        source: the tensors.
+        options: what to do.
+
+    Returns:
+        The options with a strength, and one clause of why; empty where there was nothing to choose.
+
+    Example:
+        >>> from pss_param.plan import StateDictSource
+        >>> grown = {"layers.0.mlp.up_proj.weight": 9 * torch.eye(64)}
+        >>> chosen, reason = settle(StateDictSource(grown), RepairOptions())
+        >>> chosen.strength, reason.split(";")[0]
+        ('deep', 'deep: the matrices inside the blocks have 7.8 x the spectral norm of fresh ones (median of 1)')
+    """
+    if options.strength != "auto":
+        return options, ""
+    if not options.open:
+        return replace(options, strength="gentle"), ""
+    with HealthySource(options.reference) as healthy:
+        growths = list(_growths(source, options, healthy))
+        whose = "those of the reference" if healthy.present else "fresh ones"
+    growth = median(growths) if growths else 0.0
+    seen = f"the matrices inside the blocks have {growth:.1f} x the spectral norm of {whose} (median of {len(growths)})"
+    if growth >= GROWN:
+        reason = f"deep: {seen}; if the network had been trained for very long, strength gentle keeps more"
+        return replace(options, strength="deep"), reason
+    reason = f"gentle: {seen}; from {GROWN:g} x on it would be deep" if growths else ""
+    return replace(options, strength="gentle", init_std=None), reason
+
+
+def _growths(source: TensorSource, options: RepairOptions, healthy: HealthySource) -> Iterator[float]:
+    device = pick_device(options.device)
+    for target in _sample(list(make_plan(source, options.rules()).targets.values())):
+        weight = source.read(target.name).to(device).float()
+        good = healthy.get(target.name, tuple(weight.shape)).to(device) if healthy.present else None
+        if bool(torch.isfinite(weight).all()) and (good is None or bool(torch.isfinite(good).all())):
+            yield from _growths_of(target, weight, good, options.init_std or target.init_std)
+
+
+def _sample(targets: list[Target]) -> list[Target]:
+    inside = [target for target in targets if target.block is not None] or targets
+    count = min(_SAMPLE, len(inside))
+    return [inside[(2 * i + 1) * len(inside) // (2 * count)] for i in range(count)]
+
+
+def _growths_of(target: Target, weight: Tensor, good: Tensor | None, std: float | None) -> Iterator[float]:
+    for part in parts_of(target, weight, good):
+        index = next(part.indices)  # of a batch such as experts, the first stands for all
+        matrix = part.values[index]
+        usual = init(matrix, std) if part.healthy is None else spectral_norm(part.healthy[index])
+        if float(usual) > 0:
+            yield float(spectral_norm(matrix)) / float(usual)
