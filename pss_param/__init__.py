@@ -35,6 +35,7 @@ from pss_param.options import Progress, RepairOptions
 from pss_param.param_order import write_param_order
 from pss_param.plain import export_checkpoint
 from pss_param.policy import GuardPolicy
+from pss_param.probe import Trial, probe_repairs
 from pss_param.repair import repair_checkpoint, repair_state_dict
 from pss_param.report import Report
 from pss_param.scan import ScanReport, scan_checkpoint
@@ -82,6 +83,7 @@ __all__ = [
     "Target",
     "TargetRules",
     "TensorInfo",
+    "Trial",
     "Verdict",
     "Verification",
     "__version__",
@@ -94,6 +96,7 @@ __all__ = [
     "export_checkpoint",
     "open_checkpoint",
     "plain_state_dict",
+    "probe_repairs",
     "repair_checkpoint",
     "repair_state_dict",
     "scan_checkpoint",

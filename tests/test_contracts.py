@@ -17,9 +17,9 @@ import pss_param as pss
 PUBLIC = """AnyOf ArgumentError CheckpointError CompareReport Correction Detector DominantDirections Event
 GradientNormRatio Guard GuardPolicy Layout Matricization NonFiniteError Progress PssError
 RepairOptions Report ScanReport Selection Skipped Smoothing SmoothingView StableRankFloor StateError
-Target TargetRules TensorInfo Verdict Verification __version__ attach compare_checkpoints correction
+Target TargetRules TensorInfo Trial Verdict Verification __version__ attach compare_checkpoints correction
 detach dominant_directions export export_checkpoint open_checkpoint plain_state_dict
-repair_checkpoint repair_state_dict scan_checkpoint select_parameters select_tensors smooth
+probe_repairs repair_checkpoint repair_state_dict scan_checkpoint select_parameters select_tensors smooth
 spectral_norm stable_rank stable_rank_estimate verify_checkpoint write_param_order"""
 
 SELECTION = {"--targets", "--include", "--exclude", "--per-head", "--device", "--threads", "--json", "--help"}

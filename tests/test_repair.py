@@ -263,8 +263,8 @@ def test_reference_must_fit(checkpoint):
         with pytest.raises(ArgumentError, match="same model"):
             repair_checkpoint(checkpoint, options=RepairOptions(edge="reference", reference=healthy))
     for options in (
-        {"edge": "reference"}, {"nonfinite": "reference"}, {"where": "drifted"}, {"init_std": 0.1, "strength": "gentle"}, {"device": "warp"},
-        {"optimizer": "burn"}, {"drifted_below": 0.0}, {"optimizer": "reset"},
+        {"edge": "reference"}, {"nonfinite": "reference"}, {"where": "drifted"}, {"device": "warp"},
+        {"init_std": 0.1, "strength": "gentle"}, {"optimizer": "burn"}, {"drifted_below": 0.0}, {"optimizer": "reset"},
     ):  # fmt: skip
         with pytest.raises((ArgumentError, CheckpointError)):
             repair_checkpoint(checkpoint, options=RepairOptions(**options), dry_run=True)
