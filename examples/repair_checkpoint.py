@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from pss_param.repair import RepairOptions, repair_checkpoint, repair_state_dict
+from pss_param.repair import repair_checkpoint, repair_state_dict
 from pss_param.scan import scan_checkpoint
 
 
@@ -36,7 +36,8 @@ def main(path: Path) -> None:
         print("damage:", finding)
 
     # As `pss-repair PATH` does; writes x.repaired.safetensors and a report beside it.
-    report = repair_checkpoint(path, options=RepairOptions(edge="bulk", targets="linear"), force=True)
+    report = repair_checkpoint(path, force=True)
+    print(report.reason)
     for tensor in report.tensors:
         before, after = tensor.worst.stable_rank
         print(f"{tensor.name}: stable rank {before:.2f} > {after:.2f}, moved by {tensor.relative_change:.1%}")

@@ -145,7 +145,7 @@ def operate(job: Job, put: Put) -> Outcome:
 class _Pass:
     def __init__(self, job: Job, put: Put, reference: HealthySource) -> None:
         self.job, self.put, self.reference = job, put, reference
-        self.surgeon = Surgeon(job.options, job.plan.outside)
+        self.surgeon = Surgeon(job.options, job.plan.kernels)
         self.reports: list[TensorReport] = []
         self.skipped = dict(job.plan.skipped)
         self.restored: dict[str, Restored] = {}

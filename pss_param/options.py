@@ -81,9 +81,9 @@ class RepairOptions:
         strength: ``"auto"`` chooses by how far the matrices inside the blocks have outgrown fresh ones, see
             :mod:`pss_param.strength`, and is ``"gentle"`` where edge, smoothing, rank, targets or where are given.
             ``"gentle"`` brings down what stands out of the matrices inside the blocks and keeps the rest.
-            ``"deep"`` undoes all that a deadly learning rate does: matrices inside the blocks get equal singular
-            values at the scale of fresh ones, matrices that ``targets`` leaves out (heads and stems, not embeddings)
-            come down to twice a fresh matrix's spectral norm, gains of norms go back to 1 and biases to 0.
+            ``"deep"`` undoes all that a deadly learning rate does: all matrices (heads and stems as well, but not
+            embeddings) get equal singular values at the scale of fresh ones, kernels of one input channel come down
+            to twice a fresh one's spectral norm, gains of norms go back to 1 and biases to 0.
     """
 
     smoothing: str | Callable[[Tensor, Tensor], Tensor] | None = None

@@ -92,13 +92,14 @@ class Plan:
     Args:
         targets: by name, in the checkpoint's order; of tied names only the first.
         skipped: reasons by name, in the checkpoint's order.
-        outside: those targets that only a deep repair treats: matrices that the rules leave out.
+        kernels: those targets of a deep repair that may be depthwise kernels, of whose filters nothing but the norm is
+            common.
         vectors: values of a fresh model by name, of the norms and biases that a deep repair puts back.
     """
 
     targets: Mapping[str, Target]
     skipped: Mapping[str, str]
-    outside: frozenset[str] = frozenset()
+    kernels: frozenset[str] = frozenset()
     vectors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -136,7 +137,7 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
     return Plan(
         {name: targets[name] for name in order if name in targets},
         {name: skipped[name] for name in order if name in skipped and name not in targets and name not in vectors},
-        frozenset(targets) - {target.name for target in selection.targets},
+        frozenset(name for name in outside if name in targets and _one_channel(infos[name].shape)),
         vectors,
     )
 
@@ -158,7 +159,7 @@ def _settle_shared(
 def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource) -> dict[str, Target]:
     wider = replace(rules, preset="all")
     found = select_tensors(infos, wider, source.config)
-    # Whether such a kernel is depthwise makes no difference to its norm.
+    # Whether such a kernel is depthwise makes no difference to its norm, and only that is treated.
     kernels = [skip.name for skip in found.skipped if skip.reason == ONE_CHANNEL and skip.name.endswith("weight")]
     if kernels:
         include = (*rules.include, *map(glob.escape, kernels))
@@ -166,6 +167,10 @@ def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: Tensor
     maps = {target.name: target for target in found.targets if _is_a_map(target, infos)}
     tables = [target.name for target in found.targets if target.name not in maps]
     return {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
+
+
+def _one_channel(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 2 and shape[1] == 1
 
 
 def _tied(source: TensorSource, name: str, table: str) -> bool:

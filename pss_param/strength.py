@@ -66,7 +66,7 @@ def settle(source: TensorSource, options: RepairOptions) -> tuple[RepairOptions,
     growth = median(growths) if growths else 0.0
     seen = f"the matrices inside the blocks have {growth:.1f} x the spectral norm of {whose} (median of {len(growths)})"
     if growth >= GROWN:
-        reason = f"deep: {seen}; if the network had been trained for very long, strength gentle keeps more"
+        reason = f"deep: {seen}; healthy ones may, after very long training: then strength gentle keeps more"
         return replace(options, strength="deep"), reason
     reason = f"gentle: {seen}; from {GROWN:g} x on it would be deep" if growths else ""
     return replace(options, strength="gentle", init_std=None), reason

@@ -22,8 +22,8 @@ from pss_param.smoothing import Smoothing, correction
 from pss_param.spectrum import spectral_norm, stable_rank
 from pss_param.targets import Target
 
-OUTSIDE = 2.0
-"""Level for matrices outside the blocks, over the spectral norm of a fresh one: heads of healthy runs stand out."""
+KERNEL_LEVEL = 2.0
+"""Level for kernels of one input channel, over the spectral norm of a fresh one."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class Surgeon:
 
     Args:
         options: what to do.
-        outside: names of the targets outside the blocks, which only come down to :data:`OUTSIDE`.
+        kernels: names of the targets that only come down to :data:`KERNEL_LEVEL`.
 
     Raises:
         ArgumentError: the device is not there.
     """
 
-    def __init__(self, options: RepairOptions, outside: frozenset[str] = frozenset()) -> None:
+    def __init__(self, options: RepairOptions, kernels: frozenset[str] = frozenset()) -> None:
         r"""See the class."""
-        self.options, self.outside = options, outside
+        self.options, self.kernels = options, kernels
         self.device = pick_device(options.device)
 
     def smooth(
@@ -165,8 +165,8 @@ class Surgeon:
     def _rule(self, target: Target) -> Smoothing:
         rule = self.options.rule()
         std = rule.init_std or target.init_std
-        if target.name in self.outside:
-            return Smoothing("clip", lambda W: OUTSIDE * init(W, std), tol=rule.tol)
+        if target.name in self.kernels:
+            return Smoothing("clip", lambda W: KERNEL_LEVEL * init(W, std), tol=rule.tol)
         return replace(rule, init_std=std) if rule.edge == "init" else rule
 
 
