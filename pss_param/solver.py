@@ -4,9 +4,9 @@ r"""Dominant triplets of a batch of matrices: which algorithm serves which matri
 # Note [Which algorithm serves which matrix]
 Every matrix starts on the block iteration of :mod:`pss_param.krylov`. A narrow sketch says how wide the block should
 be, the Ritz values whether that was enough, and the bounds on their residuals when to stop. When the basis that the
-wanted values need would fill half of the smaller dimension, thin products no longer pay, and the whole spectrum is
-computed instead; so tiny matrices, flat spectra with many wanted values, and tolerances beyond the reach of an
-iteration all end there. The whole spectrum comes from the Gram matrix of the smaller side where its squared values keep
+wanted values need would fill a quarter of the smaller dimension, thin products no longer pay, and the whole spectrum is
+computed instead; so small matrices, flat spectra with many wanted values, edges inside of a dense bulk, and tolerances
+beyond the reach of an iteration all end there. The whole spectrum comes from the Gram matrix of the smaller side where its squared values keep
 enough digits for the values that are asked for, and from ``torch.linalg.svd`` where they do not. A matrix whose pieces
 lie on several devices is never put together: its iteration goes on, to a full basis if need be.
 
@@ -38,10 +38,16 @@ FIRST_BLOCK = 8
 """Columns of the first sketch: enough for a collapsed matrix, and as many as a pass carries at little extra time."""
 
 # An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
-# the whole spectrum costs less than the small eigenvalue problems on the way (measured with one thread at 128 x 128:
-# 1.8 ms against 2.6 to 7 ms; at 256 x 256 either may win).
+# the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
+# lies inside of a bulk, as in fresh and trained weights (measured with one thread at 256 x 256: 4.4 ms against 9 to 17
+# ms; S ~ j^-0.5: equal; a handful of values far above the rest: 4.1 ms against 2.1).
 _BLOCKS_THAT_PAY = 8
-_WHOLE_BELOW = 128
+_WHOLE_BELOW = 256
+
+# A basis wider than this share of the smaller side costs more than the whole spectrum would: its own small eigenvalue
+# problems, every other pass. Giving up at a half instead made fresh and trained weights 1.1 to 2 times as expensive,
+# and saved a half only for slowly falling values (S ~ j^-0.3 at 1024 x 1024).
+_WIDEST = 4
 
 # From here on an eigenvalue problem of the core costs as much as a pass, and is put off until it may show convergence.
 _CORE_THAT_COSTS = 96
@@ -134,7 +140,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     else:
         krylov = Krylov(W, scale, seed)
     krylov.start(_first_block(krylov, requests, init))
-    ritz, verdicts = _iterate(krylov, requests, widest=n // 2)
+    ritz, verdicts = _iterate(krylov, requests, widest=n // _WIDEST)
     return [
         _leading(krylov, ritz, i, verdict) if verdict is not None else _whole(W[i] / scale[i].to(W.dtype), requests[i])
         for i, verdict in enumerate(verdicts)

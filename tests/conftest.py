@@ -18,6 +18,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", params=[256, 128], ids=["", "iterated"])
+def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The whole spectrum for small matrices, as users get it; then the iteration for all that it could serve."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pss_param.solver._WHOLE_BELOW", request.param)
+        yield
+
+
 @pytest.fixture
 def global_random_state_untouched() -> Iterator[None]:
     """Fails the test if it changed torch's global random state."""

@@ -14,6 +14,7 @@ from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.shapes import SHAPES
 from pss_param.smoothing import Smoothing, correction, smooth
 
+pytestmark = pytest.mark.usefixtures("both_engines")
 SHAPES_WITH_EDGE = [s for s in SHAPES if s != "second"]
 
 
