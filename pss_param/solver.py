@@ -275,6 +275,9 @@ def _leading(krylov: Krylov, ritz: Ritz, index: int, verdict: Verdict) -> Found:
 
 def _whole(W: Tensor, request: Request) -> Found:
     """By the eigenvalues of the Gram matrix of one tall matrix, or by an SVD where squares are too coarse."""
+    m, n = W.shape
+    if request.rank == n and m < 2 * n:  # the least value of a nearly square matrix is lost in the square
+        return _whole_by_svd(W, request)
     eps, tiny = torch.finfo(W.dtype).eps, torch.finfo(W.dtype).tiny
     values, V = torch.linalg.eigh(_gram(W))
     S = values.clamp_min(0).sqrt().flip(0).to(W.dtype)
