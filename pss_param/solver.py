@@ -281,8 +281,9 @@ def _whole(W: Tensor, request: Request) -> Found:
     eps, tiny = torch.finfo(W.dtype).eps, torch.finfo(W.dtype).tiny
     values, V = torch.linalg.eigh(_gram(W))
     S = values.clamp_min(0).sqrt().flip(0).to(W.dtype)
-    # A square s^2 carries a rounding of eps * S[0]^2. Nothing exceeds ||W||_F = 1, and squares must not overflow.
-    residual = (8 * eps * S[:1].square() / S.clamp_min(tiny)).clamp_max(1.0)
+    # A square s^2 carries a rounding of some eps * S[0]^2: s is off by that over s, and by no more than its root.
+    rounding = 8 * eps * S[:1].square()
+    residual = torch.minimum(rounding / S.clamp_min(tiny), rounding.sqrt())
     verdict = judge(Spectrum(S.tolist(), residual.tolist(), (W.shape[0], W.shape[1]), True, eps), request)
     lowest = max(verdict.edge, request.level or 0.0, 0.0 if math.isnan(verdict.bulk_edge) else verdict.bulk_edge)
     if not (verdict.error <= request.tol and lowest > _COARSE * math.sqrt(eps) * float(S[0])):

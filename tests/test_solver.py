@@ -10,6 +10,7 @@ from spectra import gaussian, power, with_spectrum
 from pss_param.certificate import Request
 from pss_param.krylov import Krylov, orthonormal
 from pss_param.solver import solve_sharded
+from pss_param.spectrum import dominant_directions
 
 SHAPES = [(16, 8), (8, 8), (12, 5), (9, 1), (40, 30), (3, 2), (32, 8), (60, 60), (90, 33)]
 REQUESTS = {
@@ -103,3 +104,14 @@ def test_bases_stay_orthonormal_when_the_krylov_space_is_exhausted(kind, dtype):
         for basis in (krylov.front, krylov.other):
             torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[1], dtype=dtype), rtol=0, atol=1e-5)
         krylov.expand(0)
+
+
+def test_values_of_zero_do_not_spoil_the_gram_matrix(monkeypatch):
+    W = gaussian(200, 200).float()
+    W[:20] = 0.0  # as behind neurons that died
+    S = torch.linalg.svdvals(W.double())
+    monkeypatch.setattr("pss_param.solver._whole_by_svd", None)
+    found = dominant_directions(W)
+    assert bool(found.converged)
+    torch.testing.assert_close(found.S.double(), S[: int(found.k)], rtol=1e-5, atol=0)
+    torch.testing.assert_close(float(found.edge), float(S[int(found.k)]), rtol=1e-5, atol=0)
