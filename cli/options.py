@@ -83,8 +83,8 @@ _HEALTHY = (
         metavar="FRACTION", help="Of GOOD's stable rank, for --where drifted.",
     ),
     click.option(
-        "--optimizer", type=click.Choice(WORDS["optimizer"]), default="keep", show_default=True,
-        help="Moments: keep, reset those of repaired parameters, or reset all.",
+        "--optimizer", type=click.Choice(WORDS["optimizer"]), default="auto", show_default=True,
+        help="Moments: keep, reset those of repaired parameters, reset all, or (auto) reset all in a deep repair.",
     ),
     click.option(
         "--param-order", type=click.Path(), metavar="FILE",

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What a repair does to optimizer states: check, reset, and bring master copies of weights along."""
+r"""What a repair does to optimizer states: check, reset, and bring master copies of weights along.
+
+# Note [Why a deep repair resets the moments]
+Moments are averages of gradients with respect to weights that a deep repair has replaced: their squares come from the
+steps at the deadly rate and hold the first steps of the resumed run back. Of the late deaths in
+``examples/benchmarks/results/stability.md`` more ended ahead of a restart where the optimizer began anew than where it
+went on, and none ended dead. A gentle repair leaves most of each weight, and its moments, as they are.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +52,32 @@ class OptimizerEditor:
             self._refuse_loose(state)
             if mode == "reset" or state.masters():
                 self._owners[number] = self._map(number, state)
+
+    @classmethod
+    def settled(cls, layout: Layout, mode: str, deep: bool, param_order: Any = None) -> tuple["OptimizerEditor", str]:
+        r"""Make the editor, and choose its mode where that is ``"auto"``: Note [Why a deep repair resets the moments].
+
+        Args:
+            layout: the checkpoint, entered.
+            mode: ``"auto"`` or a mode.
+            deep: whether the repair is deep.
+            param_order: see the class.
+
+        Returns:
+            The editor, and one clause of why moments were kept that should have been reset, or nothing.
+        """
+        if mode != "auto":
+            return cls(layout, mode, param_order), ""
+        if not (deep and find_optimizers(layout)):
+            return cls(layout, "keep", param_order), ""
+        editor = cls(layout, "reset-all", param_order)
+        try:
+            for state, owner, fields in editor.chosen(()):
+                editor._refuse_unknown(state, owner, fields)
+        except CheckpointError as error:
+            kept = f"the optimizer keeps its moments, though a new one would do better: {error}"
+            return cls(layout, "keep", param_order), kept
+        return editor, ""
 
     def _refuse_loose(self, state: OptimizerState) -> None:
         if loose := state.loose_masters():

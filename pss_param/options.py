@@ -21,7 +21,7 @@ Reference = str | os.PathLike[str] | StateDict
 WORDS = {
     "nonfinite": ("refuse", "reference"),
     "where": ("all", "drifted"),
-    "optimizer": ("keep", "reset", "reset-all"),
+    "optimizer": ("auto", "keep", "reset", "reset-all"),
     "strength": ("auto", "gentle", "deep"),
 }
 """Options of few words, with the words."""
@@ -73,7 +73,8 @@ class RepairOptions:
         drifted_below: a tensor has drifted where the stable rank of one of its matrices is below this fraction
             of the reference's.
         optimizer: moments of the optimizer: ``"keep"`` them, ``"reset"`` those of the repaired parameters to
-            their initial state, or ``"reset-all"``.
+            their initial state, or ``"reset-all"``. ``"auto"`` keeps them in a gentle repair and resets all in a deep
+            one, whose weights the moments no longer fit; see :mod:`pss_param.optimizer_edit`.
         param_order: file of :func:`pss_param.write_param_order`, where the state numbers its parameters.
         verify: whether to read the copy again before it gets its name.
         device: where to compute: ``"auto"`` (a CUDA device if there is one), ``"cpu"``, ``"cuda:1"``, ...
@@ -99,7 +100,7 @@ class RepairOptions:
     nonfinite: str = "refuse"
     where: str = "all"
     drifted_below: float = 0.5
-    optimizer: str = "keep"
+    optimizer: str = "auto"
     param_order: str | os.PathLike[str] | None = None
     verify: bool = True
     device: str = "auto"

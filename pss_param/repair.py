@@ -101,8 +101,9 @@ def repair_checkpoint(
     options, start = options or RepairOptions(), time.perf_counter()
     destination = default_output(path) if output is None else Path(output)
     with open_checkpoint(path) as layout:
-        optimizers = OptimizerEditor(layout, options.optimizer, options.param_order)
         options, reason = settle(layout, options)
+        optimizers, kept = OptimizerEditor.settled(layout, options.optimizer, options.deep, options.param_order)
+        options, reason = replace(options, optimizer=optimizers.mode), "; ".join(filter(None, (reason, kept)))
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
         report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason)

@@ -202,7 +202,7 @@ class OptimizerReport:
     r"""What was done to the optimizer states of a checkpoint.
 
     Args:
-        mode: what was asked for: ``"keep"``, ``"reset"`` or ``"reset-all"``.
+        mode: ``"keep"``, ``"reset"`` or ``"reset-all"``: what was asked for, or what ``"auto"`` chose.
         states: how many optimizer states the checkpoint has.
         reset: parameters whose state is initial now, by name, or by number where names were not needed.
         masters: keys of float32 copies of weights that were repaired with them.

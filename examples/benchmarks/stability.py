@@ -11,8 +11,12 @@ Networks, methods and questions stand in `suite/`; results go to `results/stabil
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from suite.spec import Spec
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # before torch: parallel over runs, not inside them
@@ -32,7 +36,7 @@ def main(quick: bool, report: bool, workers: int, results: Path, redo: tuple[str
     """Measure what is missing, then write tables and plots."""
     from rich.console import Console
     from suite.headline import put
-    from suite.plans import PROFILES
+    from suite.plans import PROFILES, further
     from suite.records import Records
     from suite.report import write
     from suite.runner import run
@@ -43,13 +47,18 @@ def main(quick: bool, report: bool, workers: int, results: Path, redo: tuple[str
         console.print(f"{method}: {store.drop(method)} results forgotten")
     if not report:
         specs = PROFILES["quick" if quick else "full"]()
-        words = set(only)
-        run([spec for spec in specs if words <= {spec.question, spec.task, spec.method}], store, workers, console)
+        run(_chosen(specs, only), store, workers, console)
+        while not quick and (specs := _chosen(further(Records(store.records())), only)):
+            run(specs, store, workers, console)
     for path in write(store, results):
         console.print(f"wrote {path}")
     if results == RESULTS:
         put(README, Records(store.records()))
         console.print(f"wrote the figures of {README}")
+
+
+def _chosen(specs: "list[Spec]", words: tuple[str, ...]) -> "list[Spec]":
+    return [spec for spec in specs if set(words) <= {spec.question, spec.task, spec.method}]
 
 
 if __name__ == "__main__":

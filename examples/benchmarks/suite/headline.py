@@ -15,7 +15,7 @@ REMEDIES = (
     "reset-rewarmup",
     "halve-lr",
     "repair",
-    "repair-reset",
+    "repair-keep",
     "repair-guard",
     "repair-gentle",
     "repair-deep",

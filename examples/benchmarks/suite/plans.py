@@ -5,12 +5,12 @@ import functools
 from collections.abc import Iterator
 
 from suite.methods import METHODS
+from suite.ranges import FURTHER, GRID, largest
+from suite.records import Records
 from suite.remedies import REMEDIES
+from suite.rescues import USUAL
 from suite.spec import Spec
 from suite.task import tasks
-
-GRID = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Learning rates, as multiples of the task's own."""
 
 HEADLINE = (
     "nothing",
@@ -47,10 +47,8 @@ RIVALS = (
 CORE = (
     "continue",
     "repair",
-    "repair-reset",
     "repair-guard",
     "repair-gentle",
-    "repair-deep",
     "restart",
     "never",
     "back-100",
@@ -63,7 +61,7 @@ CORE = (
 ABLATION_TASKS = ("gpt-postln-adamw", "gpt-preln-adamw", "mlp-adamw")
 ABLATION_GRID = (1.0, 8.0, 16.0)
 DYING = (10, 20, 40, 80, 160, 320)
-RECOVERY = ("continue", "repair", "repair-reset", "restart", "never", "back-100")
+RECOVERY = ("continue", "repair", "restart", "never", "back-100")
 
 
 def ranges(names: tuple[str, ...], methods: tuple[str, ...], seeds: range, grid: tuple[float, ...]) -> Iterator[Spec]:
@@ -83,6 +81,27 @@ def ranges(names: tuple[str, ...], methods: tuple[str, ...], seeds: range, grid:
             for task in names:
                 if fits(task, method):
                     yield from (Spec("range", task, method, seed, multiple) for multiple in grid)
+
+
+def further(records: Records) -> list[Spec]:
+    """The next rate for every method that learns at the last one that it was asked for.
+
+    Args:
+        records: all results.
+
+    Returns:
+        One run a seed; nothing where :data:`FURTHER` is exhausted.
+    """
+    runs = []
+    for task in records.values("task", question="range"):
+        for method in records.values("method", question="range", task=task):
+            found = records.find(question="range", task=task, method=method)
+            last = max(spec.multiple for spec in found)
+            beyond = [multiple for multiple in FURTHER if multiple > last]
+            if beyond and last >= GRID[-1] and largest(records, task, method) == last:
+                seeds = sorted({spec.seed for spec in found})
+                runs += [Spec("range", task, method, seed, beyond[0]) for seed in seeds]
+    return runs
 
 
 @functools.cache
@@ -144,8 +163,7 @@ def quick() -> list[Spec]:
         The runs.
     """
     some = ("gpt-postln-adamw", "vit-adamw", "mlp-adamw", "lstm-adamw")
-    remedies = ("continue", "repair", "repair-reset", "restart", "never", "back-100")
-    return [*rescues(some, remedies, range(2)), *ranges(some, HEADLINE[:5], range(1), GRID), *healthy(some, range(1))]
+    return [*rescues(some, RECOVERY, range(2)), *ranges(some, HEADLINE[:5], range(1), GRID), *healthy(some, range(1))]
 
 
 def full() -> list[Spec]:
@@ -156,9 +174,9 @@ def full() -> list[Spec]:
     """
     names = tuple(tasks())
     ablations = tuple(name for name in METHODS if name not in RIVALS)
-    runs = [*rescues(names, CORE, range(1)), *ranges(names, HEADLINE, range(1), GRID), *healthy(names, range(1))]
-    runs += [*rescues(names, CORE, range(1, 3)), *rescues(ABLATION_TASKS, RECOVERY, range(1), DYING)]
-    runs += ranges(names, HEADLINE, range(1, 3), GRID)
+    runs = [*rescues(names, CORE, range(1), USUAL), *ranges(names, HEADLINE, range(1), GRID)]
+    runs += [*healthy(names, range(1)), *rescues(names, CORE, range(1, 3), USUAL)]
+    runs += [*rescues(ABLATION_TASKS, RECOVERY, range(1), DYING), *ranges(names, HEADLINE, range(1, 3), GRID)]
     for seed in range(3):
         only = range(seed, seed + 1)
         runs += ranges(names, RIVALS, only, GRID)

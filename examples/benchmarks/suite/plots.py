@@ -51,7 +51,7 @@ def curves(records: Records, path: Path) -> Path:
         axis.axhline(trivial, color="black", linewidth=0.6, linestyle=":")
         axis.set(xscale="log", title=task)
         axis.title.set_fontsize(9)
-        axis.set_xticks([0.5, 1, 2, 4, 8, 16, 32], ["½", "1", "2", "4", "8", "16", "32"])
+        axis.set_xticks([0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256], ["½", "1", "", "4", "", "16", "", "64", "", "256"])
         axis.minorticks_off()
     axes.flat[0].legend(fontsize=7)
     figure.supxlabel("learning rate, as a multiple of the task's own")
@@ -72,14 +72,14 @@ def rescue(records: Records, path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(5, 4.6), layout="constrained")
     for number, task in enumerate(records.values("task", question="rescue")):
         points = []
-        for spec in rescues.dead_checkpoints(records, "late", 0, task):
-            mine, restart = (rescues.partner(records, spec, name) for name in ("repair-reset", "restart"))
+        for spec in rescues.dead_checkpoints(records, "late", task=task):
+            mine, restart = (rescues.partner(records, spec, name) for name in ("repair", "restart"))
             if mine and restart:
                 points.append((loss(restart) / restart["trivial"], loss(mine) / mine["trivial"]))
         if points:
             axis.scatter(*zip(*points, strict=True), color=f"C{number}", label=task, s=28)
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.6)
-    axis.set(xlabel="restart from scratch: loss / trivial loss", ylabel="repaired, moments reset: loss / trivial loss")
+    axis.set(xlabel="restart from scratch: loss / trivial loss", ylabel="repaired: loss / trivial loss")
     axis.set_title("late deaths: below the line, the repair is ahead", fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7)

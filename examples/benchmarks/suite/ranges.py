@@ -10,6 +10,12 @@ import statistics
 
 from suite.records import Records, Spread, learns, loss
 
+GRID = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Learning rates, as multiples of the task's own."""
+
+FURTHER = (64.0, 128.0, 256.0, 512.0)
+"""Where a method still learns at the end of the grid, it is asked for more, until it does not."""
+
 
 def largest(records: Records, task: str, method: str) -> float:
     """The range of a method on a task.
@@ -45,6 +51,7 @@ def sensitivity(records: Records, task: str, method: str) -> Spread:
         One number a seed.
     """
     found = records.find(question="range", task=task, method=method)
+    found = {spec: result for spec, result in found.items() if spec.multiple in GRID}
     values = []
     for seed in {spec.seed for spec in found}:
         losses = [loss(result) for spec, result in found.items() if spec.seed == seed]

@@ -17,7 +17,8 @@ from suite.task import Task, tasks
 from suite.training import Run, Trace, evaluate, fresh, go_on, outcome, skip
 
 StateDict = dict[str, Any]
-Surgery = Callable[[StateDict], StateDict]
+Surgery = Callable[[StateDict], tuple[StateDict, bool]]
+"""Gives new weights, and whether the optimizer is to begin anew with them."""
 
 
 def repair(**options: Any) -> Surgery:
@@ -27,19 +28,26 @@ def repair(**options: Any) -> Surgery:
         options: fields of :class:`pss_param.RepairOptions`.
 
     Returns:
-        From a state dict to the repaired one.
+        From a state dict to the repaired one, and whether that resets the optimizer.
     """
-    return lambda state: pss.repair_state_dict(state, pss.RepairOptions(**options, device="cpu"))[0]
+    given = pss.RepairOptions(**options, device="cpu")
+
+    def operate(state: StateDict) -> tuple[StateDict, bool]:
+        repaired, report = pss.repair_state_dict(state, given)
+        # What --optimizer auto does where the checkpoint has an optimizer: pss_param.optimizer_edit.
+        return repaired, given.optimizer == "auto" and report.options["strength"] == "deep"
+
+    return operate
 
 
-def rescale(state: StateDict) -> StateDict:
+def rescale(state: StateDict) -> tuple[StateDict, bool]:
     """Scale every block matrix down to the spectral norm of a fresh one: W * min(1, fresh / S[0]).
 
     Args:
         state: the model's state dict.
 
     Returns:
-        Another.
+        Another; the optimizer goes on.
     """
     infos = {name: pss.TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()}
     result = dict(state)
@@ -48,7 +56,7 @@ def rescale(state: StateDict) -> StateDict:
         m, n = W.flatten(1).shape
         fresh_norm = (m**0.5 + n**0.5) / (3 * n) ** 0.5
         result[target.name] = W * torch.clamp(fresh_norm / pss.spectral_norm(W.flatten(1)), max=1.0)
-    return result
+    return result, False
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Remedy:
         start: "last" (the dead checkpoint), "healthy" (the last one before the death), "back-100", "back-200",
             "scratch" (other fresh weights) or "never" (a run that never met the deadly rate).
         surgery: what is done to the weights.
-        reset: whether the optimizer starts anew.
+        reset: whether the optimizer starts anew, whatever the surgery says.
         method: what is done while training on.
         rate: factor on the learning rate.
     """
@@ -85,16 +93,14 @@ REMEDIES: dict[str, Remedy] = {
     "noise": Remedy(surgery=repair(strength="gentle", smoothing="noise")),
     "rescale": Remedy(surgery=rescale),
     "repair": Remedy(surgery=repair()),
-    "repair-reset": Remedy(surgery=repair(), reset=True),
+    "repair-keep": Remedy(surgery=repair(optimizer="keep")),
     "repair-guard": Remedy(surgery=repair(), method="pss-default"),
-    "repair-reset-guard": Remedy(surgery=repair(), reset=True, method="pss-default"),
+    "repair-rewarmup": Remedy(surgery=repair(), method="warmup"),
     "repair-gentle": Remedy(surgery=repair(strength="gentle")),
     "repair-gentle-guard": Remedy(surgery=repair(strength="gentle"), method="pss-default"),
     "repair-deep": Remedy(surgery=repair(strength="deep")),
     "repair-deep-guard": Remedy(surgery=repair(strength="deep"), method="pss-default"),
-    "repair-deep-reset": Remedy(surgery=repair(strength="deep"), reset=True),
-    "repair-deep-reset-guard": Remedy(surgery=repair(strength="deep"), reset=True, method="pss-default"),
-    "repair-deep-rewarmup": Remedy(surgery=repair(strength="deep"), method="warmup"),
+    "repair-deep-keep": Remedy(surgery=repair(strength="deep", optimizer="keep")),
     "repair-dominant": Remedy(surgery=repair(strength="gentle", edge="dominant")),
     "repair-init": Remedy(surgery=repair(strength="gentle", edge="init")),
 }
@@ -130,9 +136,11 @@ def _begin(task: Task, spec: Spec, past: Dead, remedy: Remedy, method: Method) -
         return fresh(task, method, spec.seed + (1000 if remedy.start == "scratch" else 0))
     run = fresh(task, method, spec.seed)
     source = _source(past, remedy.start)
-    state = source.model if remedy.surgery is None else remedy.surgery(copy.deepcopy(source.model))
+    state, anew = source.model, False
+    if remedy.surgery is not None:
+        state, anew = remedy.surgery(copy.deepcopy(state))
     run.model.load_state_dict(state)
-    if not remedy.reset:
+    if not (remedy.reset or anew):
         run.optimizer.load_state_dict(copy.deepcopy(source.optimizer))
     run.stream, run.step = skip(run.stream, past.last.step), past.last.step
     return run

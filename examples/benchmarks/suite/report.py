@@ -94,19 +94,17 @@ def events_table(records: Records) -> str:
     return table(["method", "runs", "steps with an intervention", "time of a step, median ratio"], rows)
 
 
-def rescue_table(records: Records, death: str, dying: int = 0, task: str | None = None) -> str:
+def rescue_table(records: Records, death: str) -> str:
     """Question 2 in one table.
 
     Args:
         records: all results.
         death: "early" or "late".
-        dying: steps at the deadly rate; 0 for the usual.
-        task: only this one.
 
     Returns:
         Markdown.
     """
-    deaths = rescues.dead_checkpoints(records, death, dying, task)
+    deaths = rescues.dead_checkpoints(records, death)
     rows = []
     for method in records.values("method", question="rescue"):
         t = rescues.tally(records, deaths, method)
@@ -137,9 +135,10 @@ def task_table(records: Records, death: str, method: str) -> str:
     """
     rows = []
     for task in records.values("task", question="rescue"):
-        all_of_them = records.find(question="rescue", task=task, death=death, dying=0, method="continue")
-        t = rescues.tally(records, rescues.dead_checkpoints(records, death, 0, task), method)
-        rows.append([task, str(len(all_of_them)), *_counted(t)])
+        made = records.find(question="rescue", task=task, death=death, method="continue")
+        count = sum(spec.dying in rescues.USUAL for spec in made)
+        t = rescues.tally(records, rescues.dead_checkpoints(records, death, task=task), method)
+        rows.append([task, str(count), *_counted(t)])
     return table(["task", "checkpoints", *COUNTED], rows)
 
 
@@ -173,7 +172,7 @@ def recovery_table(records: Records) -> str:
     rows = []
     for task in records.values("task", question="rescue"):
         for dying in sorted(n for n in records.values("dying", question="rescue", task=task) if n):
-            t = rescues.tally(records, rescues.dead_checkpoints(records, "late", dying, task), "repair")
+            t = rescues.tally(records, rescues.dead_checkpoints(records, "late", (dying,), task), "repair")
             if t.count:
                 rows.append([task, str(dying), *_counted(t)])
     return table(["task", "steps at the deadly rate", *COUNTED], rows)
@@ -246,8 +245,7 @@ def sections(records: Records) -> dict[str, str]:
         "Interventions and time": events_table(records),
         "Lead": lead_table(records),
         "Rescue of late deaths": rescue_table(records, "late"),
-        "Rescue of late deaths, by task: repair, moments kept": task_table(records, "late", "repair"),
-        "Rescue of late deaths, by task: repair, moments reset": task_table(records, "late", "repair-reset"),
+        "Rescue of late deaths, by task: repair": task_table(records, "late", "repair"),
         "Rescue of late deaths, by task: roll back 100 steps": task_table(records, "late", "back-100"),
         "Rescue of early deaths, at the rate that killed": rescue_table(records, "early"),
         "Rescue of early deaths, by task: repair with the guard": task_table(records, "early", "repair-guard"),

@@ -13,21 +13,40 @@ from dataclasses import dataclass, replace
 from suite.records import Records, Result, learns, loss
 from suite.spec import Spec
 
+USUAL = (0, 20)
+"""Late deaths that count in the tables: after the task's own number of steps at the deadly rate, and after 20."""
 
-def dead_checkpoints(records: Records, death: str, dying: int = 0, task: str | None = None) -> list[Spec]:
+
+def dead_checkpoints(
+    records: Records, death: str, dying: tuple[int, ...] = USUAL, task: str | None = None
+) -> list[Spec]:
     """The checkpoints that are really dead.
 
     Args:
         records: all results.
         death: "early" or "late".
-        dying: steps at the deadly rate; 0 for the usual.
+        dying: steps at the deadly rate; 0 for the task's own.
         task: only this one.
 
     Returns:
         The specifications of their continuations.
     """
-    found = records.find(question="rescue", method="continue", death=death, dying=dying)
-    return [spec for spec, result in found.items() if not learns(result) and task in {None, spec.task}]
+    found = records.find(question="rescue", method="continue", death=death)
+    asked = {spec: result for spec, result in found.items() if spec.dying in dying and task in {None, spec.task}}
+    return [spec for spec, result in asked.items() if not learns(result)]
+
+
+def alive(records: Records) -> set[tuple[str, str, int, int]]:
+    """Checkpoints that turned out not to be dead: no remedy is tried on them.
+
+    Args:
+        records: all results.
+
+    Returns:
+        See :attr:`suite.spec.Spec.checkpoint`.
+    """
+    found = records.find(question="rescue", method="continue")
+    return {spec.checkpoint for spec, result in found.items() if learns(result)}
 
 
 def partner(records: Records, spec: Spec, method: str) -> Result | None:

@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from suite.deaths import dead
 from suite.methods import METHODS
+from suite.records import Records, learns
 from suite.remedies import resume
+from suite.rescues import alive
 from suite.spec import Spec
 from suite.store import Store, origin
 from suite.task import tasks
@@ -44,11 +46,16 @@ def measure_all(specs: list[Spec]) -> list[Result]:
         specs: runs that start from the same checkpoint.
 
     Returns:
-        Their results.
+        Their results; no more than the first where that shows the checkpoint to be alive.
     """
     torch.set_num_threads(1)
     logging.getLogger("pss_param").setLevel(logging.ERROR)  # triggers are counted, not told
-    return [(spec, measure(spec)) for spec in specs]
+    results: list[Result] = []
+    for spec in specs:
+        results.append((spec, measure(spec)))
+        if spec.question == "rescue" and spec.method == "continue" and learns(results[-1][1]):
+            break  # it is not dead, and there is nothing to remedy
+    return results
 
 
 def jobs(specs: Iterable[Spec]) -> Iterator[list[Spec]]:
@@ -78,7 +85,8 @@ def run(specs: list[Spec], store: Store, workers: int, console: Console) -> None
 
     An exception in a run is an error of the suite, not a data point: it ends the suite.
     """
-    missing, where = store.missing(specs), origin()
+    living, where = alive(Records(store.records())), origin()
+    missing = [s for s in store.missing(specs) if s.question != "rescue" or s.checkpoint not in living]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -111,6 +111,8 @@ FORMS: dict[str, Callable[[], Guarded]] = {
     # Other detectors: the weights' stable rank alone, and together with the gradient norm.
     "pss-floor": _fired_by(lambda: pss.StableRankFloor(period=5)),
     "pss-both": _fired_by(lambda: pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5))),
+    # The most that smoothing can do: every weight clipped at a fresh one's spectral norm after every step.
+    "pss-always-init": lambda: _published(lambda: Periodic(1), edge="init"),
     # No detector at all: every step, every 20 steps, 1 % of the steps.
     "pss-always": _fired_by(lambda: Periodic(1)),
     "pss-periodic": _fired_by(lambda: Periodic(20)),
