@@ -52,6 +52,8 @@ def _show(report: Report) -> None:
         say(report.reason)
     if report.vectors:
         say(f"{len(report.vectors)} norms and biases are back at their initial values")
+    if report.options["strength"] == "deep" and not report.optimizer.states:
+        say("resume with a new optimizer: old moments, if you have them, are those of the run that died")
     if report.optimizer.reset:
         say(f"optimizer: the state of {len(report.optimizer.reset)} parameters is initial again")
     if report.optimizer.masters:

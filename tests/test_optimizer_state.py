@@ -89,3 +89,44 @@ def test_distributed_checkpoints_by_name(tmp_path, mode):
     assert zero == ({TARGET} if mode == "reset" else set(dict(net.named_parameters())))
     assert sorted(os.listdir(tmp_path)) == ["x", "x-repaired", "x-repaired.pss.json"]
     assert not verify_checkpoint(report.output, tmp_path / "x").problems
+
+
+def grown(**options):
+    net, optimizer = trained(**options)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if name.endswith("up_proj.weight"):
+                weight.mul_(9.0)
+    return net, optimizer
+
+
+def zeroed(report, net):
+    state = torch.load(report.output, weights_only=True)["optimizer_states"][0]["state"]
+    names = [name for name, _ in net.named_parameters()]
+    return {names[n] for n, entry in state.items() if not entry["exp_avg"].any() and not entry["step"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [({}, "reset-all"), ({"strength": "gentle"}, "keep"), ({"strength": "deep", "optimizer": "keep"}, "keep")],
+)
+def test_a_deep_repair_begins_the_moments_anew_unless_told_otherwise(tmp_path, given, mode):
+    net, optimizer = grown()
+    lightning_file(net, optimizer, tmp_path / "x.ckpt")
+    report = repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**given))
+    assert (report.optimizer.mode, report.options["optimizer"]) == (mode, mode)
+    assert zeroed(report, net) == (set(dict(net.named_parameters())) if mode == "reset-all" else set())
+    assert not verify_checkpoint(report.output, tmp_path / "x.ckpt").problems
+
+
+def test_moments_whose_beginning_nobody_knows_are_kept_and_that_is_told(tmp_path):
+    net, optimizer = grown()
+    for entry in optimizer.state.values():
+        entry["preconditioner"] = torch.ones(2, 2)
+    lightning_file(net, optimizer, tmp_path / "x.ckpt")
+    report = repair_checkpoint(tmp_path / "x.ckpt")
+    assert (report.options["strength"], report.optimizer.mode) == ("deep", "keep")
+    assert "preconditioner" in report.reason
+    assert zeroed(report, net) == set()
+    with pytest.raises(CheckpointError, match="preconditioner"):
+        repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(optimizer="reset-all"), force=True)

@@ -22,10 +22,10 @@ if not BENCHMARKS.is_dir():
 if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))
 
-from suite import headline, ranges, rescues, runner  # noqa: E402
+from suite import ablations, headline, ranges, rescues, runner, sentences  # noqa: E402
 from suite.deaths import dead, phases  # noqa: E402
 from suite.methods import METHODS  # noqa: E402
-from suite.plans import HEADLINE, PROFILES, RIVALS  # noqa: E402
+from suite.plans import HEADLINE, PROFILES, RIVALS, further  # noqa: E402
 from suite.records import Records  # noqa: E402
 from suite.remedies import REMEDIES  # noqa: E402
 from suite.spec import Spec  # noqa: E402
@@ -111,6 +111,31 @@ def test_only_checkpoints_whose_continuation_is_dead_count():
     assert tally.saved == pytest.approx(250 - 300)  # a run from scratch has 1.8 as its mean of 50 at step 250
 
 
+def test_nothing_is_tried_on_a_checkpoint_that_lives(monkeypatch):
+    specs = [Spec("rescue", "gpt", m, 0, 1.0, "late") for m in ("continue", "repair", "restart")]
+    for final, count in ((1.0, 1), (None, 3)):
+        monkeypatch.setattr(runner, "measure", lambda spec, final=final: result(final))
+        assert len(runner.measure_all(specs)) == count
+    living = records(rescue("continue", 0, 1.0) | rescue("continue", 1, None))
+    assert rescues.alive(living) == {specs[0].checkpoint}
+
+
+def test_a_method_that_learns_everywhere_is_asked_for_more():
+    finals = {"hardy": {32.0: 1.0}, "tender": {32.0: None}, "hardier": {32.0: 1.0, 64.0: 1.0, 128.0: None}}
+    found = records(
+        {
+            Spec("range", "gpt", method, seed, multiple): result(final)
+            for method, values in finals.items()
+            for seed in (0, 1)
+            for multiple, final in {**dict.fromkeys(ranges.GRID[:-1], 1.0), **values}.items()
+        }
+    )
+    assert further(found) == [Spec("range", "gpt", "hardy", seed, 64.0) for seed in (0, 1)]
+    assert ranges.largest(found, "gpt", "hardier") == 64.0
+    plain = {spec: r for spec, r in found.find(method="hardier").items() if spec.multiple <= 32}
+    assert ranges.sensitivity(found, "gpt", "hardier") == ranges.sensitivity(records(plain), "gpt", "hardier")
+
+
 def test_every_plan_names_what_exists_and_repeats_nothing():
     for profile in PROFILES.values():
         specs = profile()
@@ -177,3 +202,26 @@ def test_committed_results_name_their_origin():
     lines = (BENCHMARKS / "results" / "stability.jsonl").read_text(encoding="utf-8").splitlines()
     for record in itertools.islice(map(json.loads, lines), 50):
         assert {"pss_param", "commit", "torch", "device"} <= set(record["origin"])
+
+
+def test_sentences_say_what_the_tables_say():
+    measured = {Spec("range", "gpt", "nothing", 0, m): result(1.0 if m < 4 else None) for m in (1.0, 2.0, 4.0)}
+    measured |= {Spec("range", "gpt", "pss-default", 0, m): result(1.0) for m in (1.0, 2.0, 4.0)}
+    assert "pss-default has the largest range (2.00 x" in sentences.reach(records(measured))
+    dead_and_back = rescue("continue", 0, None) | rescue("repair", 0, 1.5) | rescue("restart", 0, 2.0)
+    dead_and_back |= {Spec("rescue", "gpt", "never", 0, 1.0, "late"): result(1.0, 600)}
+    told = sentences.rescue(records(dead_and_back), "late")
+    assert told.startswith("repair: 100 % of 1 learn again, 100 % ahead of the restart; restart: 100 %")
+    held = {Spec("healthy", "gpt", m, 0, 1.0, "late"): result(v) for m, v in (("continue", 1.0), ("repair", 1.25))}
+    assert "+0.25 nats in the median of 1" in sentences.healthy(records(held))
+
+
+def test_an_ablation_compares_where_all_were_measured():
+    grid = {"nothing": (1.0, 8.0), "pss-published": (1.0, 8.0), "pss-qk": (1.0,)}
+    losses = {"nothing": None, "pss-published": 1.0, "pss-qk": 2.0}
+    found = records({Spec("range", "gpt", m, 0, x): result(losses[m]) for m, xs in grid.items() for x in xs})
+    told, head, rows = ablations.group(found, "weights that are smoothed", ("gpt",))
+    assert head == ["method", "mean", "gpt 1x"]
+    assert rows == [["nothing", "3.00", "3.00"], ["pss-published", "1.00", "1.00"], ["pss-qk", "2.00", "2.00"]]
+    assert told.startswith("Least mean loss: pss-published (1.00); most: nothing (3.00)")
+    assert ablations.group(found, "edge", ("gpt",)) == ("", [], [])

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from suite import rescues
+from suite import ablations, rescues, sentences
+from suite.plans import ABLATION_TASKS
 from suite.plots import draw
 from suite.ranges import largest, quality, score, sensitivity
 from suite.records import Records, learns
@@ -204,6 +205,8 @@ def lead_table(records: Records) -> str:
 
 
 def _counted(t: rescues.Tally) -> Row:
+    if not t.count:
+        return ["0", *["-"] * 4]
     return [str(t.count), str(t.alive), str(t.ahead), f"{t.gap:+.2f}", f"{t.saved:+.0f}"]
 
 
@@ -236,7 +239,7 @@ def sections(records: Records) -> dict[str, str]:
     Returns:
         Markdown by heading, in order.
     """
-    return {
+    found = {
         "Learning rates that learn (largest multiple of the task's rate)": range_table(records),
         "Learning-rate sensitivity (nats, mean ± deviation over seeds; smaller is better)": spread_table(
             records, sensitivity
@@ -252,6 +255,21 @@ def sections(records: Records) -> dict[str, str]:
         "Repair of healthy checkpoints": healthy_table(records),
         "How late a repair still works": recovery_table(records),
     }
+    told = sentences.tell(records)
+    return {head: f"{told[head]}\n\n{text}" if told.get(head) else text for head, text in found.items()}
+
+
+def ablation_sections(records: Records) -> dict[str, str]:
+    """One part of the published method changed at a time.
+
+    Args:
+        records: all results.
+
+    Returns:
+        Markdown by heading, in order.
+    """
+    found = {name: ablations.group(records, name, ABLATION_TASKS) for name in ablations.GROUPS}
+    return {f"Ablation: {name}": f"{told}\n\n{table(head, rows)}" for name, (told, head, rows) in found.items() if rows}
 
 
 def markdown(records: Records) -> str:
@@ -268,7 +286,7 @@ def markdown(records: Records) -> str:
         f"{len(records)} runs. Made by `python examples/benchmarks/stability.py --report`.\n",
     ]
     parts += [f"- {json.dumps(origin)}" for origin in records.origins.values()]
-    parts += [f"\n## {head}\n\n{text}" for head, text in sections(records).items()]
+    parts += [f"\n## {head}\n\n{text}" for head, text in {**sections(records), **ablation_sections(records)}.items()]
     return "\n".join(parts)
 
 
