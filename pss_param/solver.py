@@ -33,9 +33,10 @@ from torch import Tensor
 
 from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak
 from pss_param.krylov import Krylov, Matrix, Ritz
+from pss_param.products import FULL_WIDTH
 
-FIRST_BLOCK = 8
-"""Columns of the first sketch: enough for a collapsed matrix, and as many as a pass carries at little extra time."""
+_TILE = 8
+"""Columns of the narrowest block: enough for a collapsed matrix, and fewer cost a pass as much."""
 
 # An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
 # the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
@@ -94,10 +95,6 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     Returns:
         One result a matrix.
     """
-    if W.shape[1] < W.shape[2]:  # the Krylov basis lives on the smaller side
-        start = None if init is None else W @ init
-        found = solve(W.mT, norms, requests, seed, start)
-        return [replace(one, U=one.Vh.mT, Vh=one.U.mT) for one in found]
     size = max(1, (_CUDA_CHUNK if W.is_cuda else _CPU_CHUNK) // (W.shape[1] * W.shape[2]))
     scale = torch.where(norms > 0, norms, torch.ones_like(norms))
     found = []
@@ -130,9 +127,9 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 
 
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
-    n = W.shape[-1]
+    least = min(W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if n <= _WHOLE_BELOW or _BLOCKS_THAT_PAY * wanted >= n:
+    if least <= _WHOLE_BELOW or _BLOCKS_THAT_PAY * wanted >= least:
         return [_whole(W[i] / scale[i].to(W.dtype), request) for i, request in enumerate(requests)]
     if len(requests) == 1:  # without the batch dimension a product is a plain one, which is faster on a CPU
         init = None if init is None else init[0]
@@ -140,7 +137,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     else:
         krylov = Krylov(W, scale, seed)
     krylov.start(_first_block(krylov, requests, init))
-    ritz, verdicts = _iterate(krylov, requests, widest=n // _WIDEST)
+    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST)
     return [
         _leading(krylov, ritz, i, verdict) if verdict is not None else _whole(W[i] / scale[i].to(W.dtype), requests[i])
         for i, verdict in enumerate(verdicts)
@@ -149,22 +146,28 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
 
 def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> Tensor:
     """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already."""
-    n, wanted = krylov.W.shape[-1], max((request.rank or 0) + OVERSAMPLING for request in requests)
+    least = min(krylov.W.shape[-2:])
+    wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if init is not None:
-        return torch.cat([init, krylov.sketch(min(OVERSAMPLING, n - init.shape[-1]))], dim=-1)
-    block = krylov.sketch(min(n, max(FIRST_BLOCK, wanted)))
+        return krylov.sketch(min(OVERSAMPLING, least - init.shape[-1]), init)
+    block = krylov.sketch(min(least, max(FULL_WIDTH, _tiles(wanted))))
     if all(request.rank is not None for request in requests):
-        return block
+        return block[..., : _tiles(wanted)]
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
         held = block.shape[-1]
-        columns = min(_guess(block) + OVERSAMPLING, 2 * held, n // _BLOCKS_THAT_PAY)
+        columns = min(_tiles(_guess(block) + OVERSAMPLING), 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            return block
+            return block[..., : max(columns, _TILE)]
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
 
+def _tiles(columns: int) -> int:
+    """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``."""
+    return _TILE if columns <= _TILE else math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
+
+
 def _guess(sketch: Tensor) -> int:
-    """A stable rank from a sketch ``Z = W^T Omega (..., n, b)``: the largest of the batch."""
+    """A stable rank from a sketch ``Z = W Omega (..., m, b)``: the largest of the batch."""
     # The Gram matrix of Z has the identity as its mean, and a dominant direction adds about b / SR to its largest
     # eigenvalue. The guess is right within a factor of two or three up to a stable rank of 2 b, and low beyond.
     gram = (sketch.mT @ sketch).double()
@@ -185,10 +188,11 @@ def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tup
         if full or (missing <= 0 and all(verdict.enough for verdict in verdicts)):
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
+        fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         if before == math.inf and 2 * fresh < krylov.random_columns:
             fresh = 0  # the first values are low, and so the first stable rank is high: it may not be many after all
         worst = max(verdict.error for verdict in verdicts)
-        costly = krylov.rank >= _CORE_THAT_COSTS
+        costly = cheap or krylov.rank >= _CORE_THAT_COSTS
         expected = _passes_to_go(worst, before, passes, requests[0].tol) if costly else 1
         before, passes = worst, max(expected, 2 if cheap else 1)
         for i in range(passes):
@@ -274,8 +278,11 @@ def _leading(krylov: Krylov, ritz: Ritz, index: int, verdict: Verdict) -> Found:
 
 
 def _whole(W: Tensor, request: Request) -> Found:
-    """By the eigenvalues of the Gram matrix of one tall matrix, or by an SVD where squares are too coarse."""
+    """By the eigenvalues of the Gram matrix of the smaller side, or by an SVD where squares are too coarse."""
     m, n = W.shape
+    if m < n:
+        found = _whole(W.mT, request)
+        return replace(found, U=found.Vh.mT, Vh=found.U.mT)
     if request.rank == n and m < 2 * n:  # the least value of a nearly square matrix is lost in the square
         return _whole_by_svd(W, request)
     eps, tiny = torch.finfo(W.dtype).eps, torch.finfo(W.dtype).tiny
@@ -297,10 +304,12 @@ def _whole(W: Tensor, request: Request) -> Found:
 # Values below this many square roots of the rounding unit, times S[0], have lost half of their digits in the square.
 _COARSE = 30.0
 
+_WIDE_GRAM = 64  # columns up to which a Gram matrix in float64 costs little beside its eigenvalues
+
 
 def _gram(W: Tensor) -> Tensor:
     """``W^T W``, in float64 where that costs little beside the eigenvalues: for small matrices."""
-    if W.shape[1] <= FIRST_BLOCK**2:
+    if W.shape[1] <= _WIDE_GRAM:
         W = W.double()
     return W.mT @ W
 

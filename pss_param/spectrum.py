@@ -11,7 +11,7 @@ decided, in :mod:`pss_param.certificate`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -189,13 +189,9 @@ def _of_sharded(
         raise NonFiniteError(_NOT_FINITE)
     rank, above, tol = wanted
     requests = _requests(rank, above, tol, torch.Size(), norms)
-    tall = W.shape[1] >= W.shape[2]
-    if init is not None:
-        init = init.to(W.device, W.dtype)[None] if tall else W @ init.to(W.device, W.dtype)[None]
+    init = None if init is None else init.to(W.device, W.dtype)[None]
     with torch.autocast(W.device.type, enabled=False):
-        found = solve_sharded(W if tall else W.mT, norms, requests[0], _seed(generator), init)
-        if not tall:
-            found = replace(found, U=found.Vh.mT, Vh=found.U.mT)
+        found = solve_sharded(W, norms, requests[0], _seed(generator), init)
         return _gathered([found], norms, requests, torch.Size(), found.U)
 
 
