@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pss_param.certificate import STABLE_RANK_SLACK, Request, stable_rank_of
 from pss_param.errors import ArgumentError, NonFiniteError
+from pss_param.found import Found
 from pss_param.sharded import ShardedMatrix, is_sharded
-from pss_param.solver import Found, solve, solve_sharded
+from pss_param.solver import solve, solve_sharded
 
 _SEED = 0x50555
 _NOT_FINITE = "W must be finite, got NaN or infinity; take the weight from a checkpoint before the blow-up"

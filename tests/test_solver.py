@@ -111,7 +111,7 @@ def test_values_of_zero_do_not_spoil_the_gram_matrix(monkeypatch):
     W = gaussian(200, 200).float()
     W[:20] = 0.0  # as behind neurons that died
     S = torch.linalg.svdvals(W.double())
-    monkeypatch.setattr("pss_param.solver._whole_by_svd", None)
+    monkeypatch.setattr("pss_param.whole._whole_by_svd", None)
     found = dominant_directions(W)
     assert bool(found.converged)
     torch.testing.assert_close(found.S.double(), S[: int(found.k)], rtol=1e-5, atol=0)
