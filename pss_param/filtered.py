@@ -41,10 +41,12 @@ from torch import Tensor
 from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Spectrum, Verdict, count_of
 from pss_param.found import Found
+from pss_param.products import times
 
 _ROUNDS = 8
 _DEGREES = (2, 8)  # of one round: beyond it the columns of a block that has not settled grow alike
-_WIDEST = 3  # a block wider than this share of the matrix costs as much as its whole spectrum
+WIDEST = 3
+"""A block wider than this share of the matrix costs as much as its whole spectrum."""
 _EXTRA = 8  # columns beyond the wanted ones at the least, else half as many as are wanted
 _LEAK = 0.8  # the share of the tolerance that the residuals may take; what they leave is for the edge
 _COARSE = 30.0  # values below so many sqrt(eps) S[0] have lost half of their digits in the square
@@ -87,7 +89,7 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
         width = k + max(_EXTRA, k // 2)
         if (
             k == 0
-            or width * _WIDEST > shape[1]
+            or width * WIDEST > shape[1]
             or seen.S[min(k, len(seen.S) - 1)] < _COARSE * math.sqrt(eps) * seen.S[0]
         ):
             return None
@@ -166,7 +168,7 @@ def _at_most(gram: Tensor, rows: Tensor, x: float, weight: float) -> bool:
 
 def _found(W: Tensor, block: Block, seen: Spectrum, scale: Tensor, verdict: Verdict) -> Found:
     Vh = block.rows[: verdict.k]
-    product = W @ Vh.mT
+    product = times(W, Vh.mT)
     length = torch.linalg.vector_norm(product, dim=0)
     residual = torch.tensor(seen.residual[: verdict.k], dtype=W.dtype, device=W.device)
     return Found(product / length, length / scale.to(W.dtype), Vh, residual, seen.S[0], verdict)

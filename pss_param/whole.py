@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pss_param.certificate import Request, Spectrum, judge
-from pss_param.filtered import dominant_by_filter
+from pss_param.filtered import WIDEST, dominant_by_filter
 from pss_param.found import Found
+from pss_param.products import times
 
 # Below, the eigenvalues of all cost less than the many small operations of a filter (1.6 ms at 192 with one thread).
 _FILTER_FROM = 192
@@ -40,11 +41,23 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
         W, scale = W / scale.to(W.dtype), torch.ones_like(scale)
     gram = _gram(W, scale)
     if request.rank != 0 and request.level is None and not request.bulk and n >= _FILTER_FROM:
-        start = gram @ _gaussian(gram, n // 8, seed) if start is None else start
-        found = dominant_by_filter(W, gram, scale, request, start)
+        found = _by_filter(W, gram, scale, request, seed, start)
         if found is not None:
             return found
     return _whole(W, gram, scale, request)
+
+
+def _by_filter(
+    W: Tensor, gram: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor | None
+) -> Found | None:
+    if start is None:
+        # The sum of squared eigenvalues is at most the largest one: the stable rank is at most its inverse, and near
+        # half of that in a flat matrix.
+        most = 1.0 / max(float(torch.linalg.vector_norm(gram)) ** 2, 1e-30)
+        if request.rank is None and most * WIDEST > gram.shape[0]:
+            return None
+        start = gram @ _gaussian(gram, gram.shape[0] // 8, seed)
+    return dominant_by_filter(W, gram, scale, request, start)
 
 
 def _gaussian(gram: Tensor, columns: int, seed: int) -> Tensor:
@@ -64,8 +77,8 @@ def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
     lowest = max(verdict.edge, request.level or 0.0, 0.0 if math.isnan(verdict.bulk_edge) else verdict.bulk_edge)
     if not (verdict.error <= request.tol and lowest > _COARSE * math.sqrt(eps) * float(S[0])):
         return _whole_by_svd(W / scale.to(W.dtype), request)
-    V = V.flip(1)[:, : verdict.k].to(W.dtype)
-    product = W @ V
+    V = V.mT.flip(0)[: verdict.k].to(W.dtype).mT
+    product = times(W, V)
     length = torch.linalg.vector_norm(product, dim=0)
     return Found(product / length, length / scale.to(W.dtype), V.mT, residual[: verdict.k], float(S[0]), verdict)
 
