@@ -75,6 +75,7 @@ _WIDE_START = 16
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_CHUNK = 1 << 29
+_ALIGNED = 64  # bytes
 _ROW_BLOCK = 1 << 22  # elements of W that a measurement by rows holds twice
 
 
@@ -91,6 +92,8 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     Returns:
         One result a matrix.
     """
+    if not W.is_cuda and W.data_ptr() % _ALIGNED:
+        W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     size = max(1, (_CUDA_CHUNK if W.is_cuda else _CPU_CHUNK) // (W.shape[1] * W.shape[2]))
     scale = torch.where(norms > 0, norms, torch.ones_like(norms))
     found = []
