@@ -130,7 +130,7 @@ def judge(seen: Spectrum, request: Request) -> Verdict:
     if not seen.S or seen.S[0] <= 0:
         return Verdict(0, 0.0, 0.0 if request.bulk else math.nan, 0.0, True)
     if request.rank == 0:
-        error = _value_error(seen, 0) / seen.S[0]
+        error = value_error(seen, 0) / seen.S[0]
         return Verdict(0, seen.S[0], bulk_edge, error, seen.complete or error <= request.tol)
     if request.bulk or request.level is not None:
         return _judge_level(seen, request, bulk_edge)
@@ -153,21 +153,29 @@ def _judge_level(seen: Spectrum, request: Request, bulk_edge: float) -> Verdict:
 
 
 def _judge_count(seen: Spectrum, request: Request) -> Verdict:
-    k, decided = _count(seen, request.rank)
+    k, decided = count_of(seen, request.rank)
     if k >= len(seen.S):
         edge = 0.0
         error = _correction_error(seen, edge, len(seen.S)) if seen.complete else math.inf
         return Verdict(min(k, len(seen.S)) if seen.complete else k, edge, math.nan, error, seen.complete)
-    error = _correction_error(seen, seen.S[k], k) + math.sqrt(k) * _value_error(seen, k) if k else 0.0
+    error = _correction_error(seen, seen.S[k], k) + math.sqrt(k) * value_error(seen, k) if k else 0.0
     return Verdict(k, seen.S[k], math.nan, error, seen.complete or (decided and error <= request.tol))
 
 
-def _count(seen: Spectrum, rank: int | None) -> tuple[int, bool]:
-    """``k`` and whether the interval of the stable rank leaves no choice."""
+def count_of(seen: Spectrum, rank: int | None) -> tuple[int, bool]:
+    """How many values are dominant: Note [An integer stable rank].
+
+    Args:
+        seen: what is known of the matrix.
+        rank: how many were asked for; ``None`` means ``floor(SR)``.
+
+    Returns:
+        ``k``, and whether the interval of the stable rank leaves no choice.
+    """
     least = min(seen.shape)
     if rank is not None:
         return min(rank, least), True
-    high, low = (stable_rank_of(top) for top in (seen.S[0], seen.S[0] + _value_error(seen, 0)))
+    high, low = (stable_rank_of(top) for top in (seen.S[0], seen.S[0] + value_error(seen, 0)))
     slack = 1 + STABLE_RANK_SLACK
     k_high, k_low = math.floor(high * slack), math.floor(low * slack)
     decided = k_high == k_low or high - low <= 0.5 * STABLE_RANK_SLACK * high or k_low >= least - 1
@@ -186,8 +194,16 @@ def stable_rank_of(top: float) -> float:
     return max(1.0, 1.0 / (top * top)) if top > 0 else 0.0
 
 
-def _value_error(seen: Spectrum, index: int) -> float:
-    """Bound on how far ``S[index]`` is below the true value: the ceiling's, or Weyl's and the quadratic one."""
+def value_error(seen: Spectrum, index: int) -> float:
+    """Bound on how far ``S[index]`` is below the true value: the ceiling's, or Weyl's and the quadratic one.
+
+    Args:
+        seen: what is known of the matrix.
+        index: which value.
+
+    Returns:
+        The bound.
+    """
     if seen.ceilings is not None:
         return max(0.0, seen.ceilings[index] - seen.S[index])
     energy = sum(r * r for r in seen.residual[: index + 1])

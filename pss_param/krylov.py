@@ -11,7 +11,8 @@ pass over ``W`` is one product with the block that joined last, of the side call
 where ``T`` is what the last pass found outside of ``U``: the only thing that is not known yet. The core ``B (a, f)``
 is small.
 
-1. A Gaussian sketch, ``V = orth(W^T Omega)``, and one pass that makes ``U = orth(W V)``.
+1. A Gaussian sketch, ``U = orth(W Omega)``, and one pass that makes ``V = orth(W^T U)``. With a front on the left,
+   all of the following holds of the transpose.
 2. After every pass ``W V = U B + T`` is known on the whole front, so the Ritz triplets are those of the best right
    subspace: ``V^T W^T W V = B^T B + T^T T`` gives ``s`` and ``y``, ``v = V y`` and ``u = W v / s``. Then ``W v = s u``
    holds to rounding, and the whole error is ``r = W^T u - s v``.
@@ -44,15 +45,15 @@ for that width): when more values turn out to be wanted, fresh Gaussian columns 
 three passes, as those of the start do: one that turns them towards the top of the spectrum, one that enters them in a
 core, and one that measures; before that they could not show a direction that was missed.
 
-# Note [Blocks]
-Wide blocks are orthonormalised by their Gram matrix and its Cholesky factor, twice, in products that run at full speed
-where Householder's reflections do not (2.5 ms for 2048 x 64 on two cores). The Gram matrix of float32 columns is formed
-in float64, where its squares keep what the columns held; where even so the factor's
-diagonal falls by 1e6, or does not exist, Householder's reflections do it after all.
+# Note [Bases]
+What a pass brings is projected out of the other side twice, so that it is orthogonal to it to the rounding of itself,
+and its Gram matrix serves both the Ritz values and, as a rule, the Cholesky factor that makes it a block of the basis
+(Note [Blocks] in :mod:`pss_param.blocks`). Where that would amplify its rounding, the block is projected and
+orthonormalised once more. All bases keep their columns contiguous: Note [Which kernel] in :mod:`pss_param.products`.
 
 References:
     Golub, Luk and Overton, ACM TOMS 7 (1981); Halko, Martinsson and Tropp, SIAM Review 53 (2011);
-    Musco and Musco, NeurIPS 2015; Yamamoto et al., "CholeskyQR2", ETNA 44 (2015).
+    Musco and Musco, NeurIPS 2015.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from pss_param.blocks import INDEPENDENT, factor, gram, orthonormal
+from pss_param.products import times, times_t
 
 
 class Matrix(Protocol):
@@ -130,13 +134,14 @@ class Krylov:
         self._seed = seed
         self._draws = 0
         batch, (m, n) = W.shape[:-2], W.shape[-2:]
-        self.forward = True
-        self.front = torch.zeros(*batch, n, 0, dtype=W.dtype, device=W.device)
-        self.other = self.front.new_zeros(*batch, m, 0)
+        self.forward = False
+        self.front = torch.zeros(*batch, m, 0, dtype=W.dtype, device=W.device)
+        self.other = self.front.new_zeros(*batch, n, 0)
         self.core = self.front.new_zeros(*batch, 0, 0)
         self._last = 0
         self._widths: tuple[list[int], list[int]] = ([], [])  # of the front's blocks, of the other side's
         self._rest = self.front
+        self._gram_of_rest = self.core.double()
         self.random_columns = 0
         self._young: tuple[int, int] = (0, 0)
 
@@ -160,24 +165,26 @@ class Krylov:
         """Whether the triplets are the whole spectrum: one of the two bases is full, and nothing is unseen."""
         return any(basis.shape[-1] == basis.shape[-2] for basis in (self.front, self.other))
 
-    def sketch(self, columns: int) -> Tensor:
-        """A random part of the row space: one pass over ``W``.
+    def sketch(self, columns: int, known: Tensor | None = None) -> Tensor:
+        """A random part of the column space: one pass over ``W``.
 
         Args:
             columns: how many.
+            known: right directions from before, ``(..., n, r)``, which go first.
 
         Returns:
-            ``W^T Omega (..., n, columns)``, not orthonormal.
+            ``W [known, Omega] (..., m, r + columns)``, not orthonormal.
         """
-        return self._times_t(self._gaussian(self.W.shape[-2], columns))
+        random = self._gaussian(self.W.shape[-1], columns)
+        return self._times(random if known is None else _beside(known, random))
 
     def start(self, block: Tensor) -> None:
         """Make the first core: two passes over ``W``.
 
         Args:
-            block: right directions to begin with, ``(..., n, b)``: a sketch, a subspace known from before, or both.
+            block: left directions to begin with, ``(..., m, b)``.
         """
-        self.front = orthonormal(orthonormal(block))
+        self.front = orthonormal(block)
         self.random_columns = self._last = block.shape[-1]
         self._widths[0].append(self._last)
         self._multiply()
@@ -189,19 +196,19 @@ class Krylov:
         Returns:
             Values, residuals and coordinates.
         """
-        last, core = self._last, self.core.double()
-        new, gram = (self._rest.mT @ self._rest).double(), core.mT @ core
-        gram[..., -last:, -last:] += new
-        squares, Y = torch.linalg.eigh(gram)  # in float64: their spread is the square of the matrix's
+        last, core, new = self._last, self.core.double(), self._gram_of_rest
+        squared = core.mT @ core
+        squared[..., -last:, -last:] += new
+        squares, Y = torch.linalg.eigh(squared)  # in float64: their spread is the square of the matrix's
         squares, Y = squares.flip(-1).clamp_min_(0), Y.flip(-1)
         tail = Y[..., -last:, :]
         outside = (tail * (new @ tail)).sum(-2).clamp_min_(0)  # ||T y_last||^2
         slack = 4 * torch.finfo(self.core.dtype).eps * max(self.W.shape[-2:]) ** 0.5
         rest = (1.0 + slack - squares.sum(-1)).clamp_min_(slack)
-        for bound in self._bounds_of_the_rest(gram):
+        for bound in self._bounds_of_the_rest(squared):
             rest = torch.minimum(rest, bound)
         share = torch.where(outside < squares, outside / squares, 1.0)
-        return Ritz(squares.sqrt_(), (share * rest[..., None]).sqrt_(), Y, rest.sqrt(), gram, new)
+        return Ritz(squares.sqrt_(), (share * rest[..., None]).sqrt_(), Y, rest.sqrt(), squared, new)
 
     def ceilings(self, ritz: Ritz, index: int, reference: float) -> list[float] | None:
         r"""Upper bounds on the singular values of one matrix: Note [Ceilings] in :mod:`pss_param.certificate`.
@@ -234,7 +241,7 @@ class Krylov:
         block, R = self._joined(fresh, room)
         zeros = R.new_zeros(*R.shape[:-1], self.core.shape[-1] - R.shape[-1])
         self.core = torch.cat([self.core, torch.cat([zeros, R], dim=-1)], dim=-2).mT
-        self.front, self.other = torch.cat([self.other, block], dim=-1), self.front
+        self.front, self.other = _beside(self.other, block), self.front
         self._last = block.shape[-1]
         self._widths = (self._widths[1], self._widths[0])
         self._widths[0].append(self._last)
@@ -270,7 +277,7 @@ class Krylov:
             columns = sum(self._widths[0][-j:])
             if columns >= gram.shape[-1]:
                 break
-            seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / self.W.shape[-1])
+            seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / min(self.W.shape[-2:]))
             bounds.append(torch.linalg.eigvalsh(gram[..., -columns:, -columns:])[..., -1] * max(1.0, 4 / seen))
         return bounds
 
@@ -281,11 +288,15 @@ class Krylov:
     def _joined(self, fresh: int, room: int) -> tuple[Tensor, Tensor]:
         """An orthonormal block ``Q`` for the other side and ``R`` with ``T = Q R``."""
         T = self._rest
+        if not fresh and room >= T.shape[-1]:
+            found = factor(self._gram_of_rest, _NOISE * torch.finfo(T.dtype).eps)
+            if found.fall > INDEPENDENT:
+                return found.columns(T), found.R.to(T.dtype)
         if room < T.shape[-1]:  # the side is full with less than T has columns; T's range has no more dimensions
             Q = torch.linalg.svd(T, full_matrices=False).U[..., :room]
         else:
             random = self._gaussian(T.shape[-2], min(fresh, room - T.shape[-1]))
-            Q = orthonormal(torch.cat([T, random], dim=-1) if random.shape[-1] else T)
+            Q = orthonormal(_beside(T, random) if random.shape[-1] else T)
         outside = self._outside(Q)
         lost = torch.linalg.vector_norm(outside, dim=-2) < _SURVIVES
         if bool(lost.any()):  # what was left was rounding, and may lie anywhere: a new direction takes its place
@@ -302,15 +313,19 @@ class Krylov:
         block = self.front[..., -self._last :]
         product = self._times(block) if self.forward else self._times_t(block)
         known = self.other.mT @ product
-        self._rest = product - self.other @ known
+        rest = product - self.other @ known
+        if self.other.shape[-1]:
+            again = self.other.mT @ rest
+            rest -= self.other @ again
+            known += again
+        self._rest, self._gram_of_rest = rest, gram(rest)
         self.core = torch.cat([self.core[..., : self.core.shape[-1] - self._last], known], dim=-1)
 
     def _times(self, X: Tensor) -> Tensor:
-        return (self.W @ X).mul_(self.inverse_scale)
+        return times(self.W, X).mul_(self.inverse_scale)
 
     def _times_t(self, Y: Tensor) -> Tensor:
-        # (Y^T W)^T reads W along its rows, which is faster than W^T Y.
-        return (Y.mT @ self.W).mul_(self.inverse_scale).mT
+        return times_t(self.W, Y).mul_(self.inverse_scale)
 
     def _gaussian(self, rows: int, columns: int) -> Tensor:
         """One block shared by the batch, so that no result depends on what a matrix was batched with."""
@@ -319,45 +334,16 @@ class Krylov:
         return block.to(self.W.device, self.W.dtype).expand(*self.W.shape[:-2], rows, columns)
 
 
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    """Columns beside columns, all contiguous."""
+    return torch.cat([left.mT, right.mT], dim=-2).mT
+
+
 @lru_cache(maxsize=8)
 def _drawn(seed: int, rows: int, columns: int) -> Tensor:
     """The same numbers for matrices of one shape, drawn once; nobody writes to them."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed), device="cpu").mT
 
 
-_REFLECTIONS = 1 << 20  # m b^2 up to which Householder's reflections on a CPU cost less than many small operations
-_SAFE_FALL = 1e-6
+_NOISE = 1e3  # rounding units of ||W||_F: what is left of a product may be nothing but its rounding
 _SURVIVES = 0.5  # of a unit column that is orthogonal but for rounding
-
-
-def orthonormal(block: Tensor) -> Tensor:
-    """Orthonormal columns with the span of a thin block, to rounding only after a second round: Note [Blocks].
-
-    Args:
-        block: ``(..., m, b)``.
-
-    Returns:
-        ``(..., m, b)``; columns that are not independent are completed.
-    """
-    m, b = block.shape[-2:]
-    if block.is_cuda or m * b * b > _REFLECTIONS:
-        Q = _by_cholesky(block)
-        if Q is not None:
-            return Q
-    reflected: Tensor = torch.linalg.qr(block).Q
-    return reflected
-
-
-def _by_cholesky(block: Tensor) -> Tensor | None:
-    """``None`` where the columns are too dependent for a Gram matrix to tell them apart."""
-    gram = block.mT.double() @ block.double()
-    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    inverse = torch.where(length > 0, 1.0 / length, torch.zeros_like(length))
-    L, info = torch.linalg.cholesky_ex(gram * inverse[..., None, :] * inverse[..., :, None])
-    fall = torch.where((info == 0)[..., None], L.diagonal(dim1=-2, dim2=-1), 0.0).amin()
-    if not float(fall) > _SAFE_FALL:
-        return None
-    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
-    back = torch.linalg.solve_triangular(L, eye, upper=False).mT * inverse[..., :, None]
-    columns: Tensor = block @ back.to(block.dtype)
-    return columns

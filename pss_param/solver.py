@@ -2,40 +2,53 @@
 r"""Dominant triplets of a batch of matrices: which algorithm serves which matrix.
 
 # Note [Which algorithm serves which matrix]
-Every matrix starts on the block iteration of :mod:`pss_param.krylov`. A narrow sketch says how wide the block should
-be, the Ritz values whether that was enough, and the bounds on their residuals when to stop. When the basis that the
-wanted values need would fill a quarter of the smaller dimension, thin products no longer pay, and the whole spectrum is
-computed instead; so small matrices, flat spectra with many wanted values, edges inside of a dense bulk, and tolerances
-beyond the reach of an iteration all end there. The whole spectrum comes from the Gram matrix of the smaller side where its squared values keep
-enough digits for the values that are asked for, and from ``torch.linalg.svd`` where they do not. A matrix whose pieces
-lie on several devices is never put together: its iteration goes on, to a full basis if need be.
+1. The block iteration of :mod:`pss_param.krylov` serves matrices of which a few values are wanted that stand apart from
+   the rest, whatever their size. A narrow sketch says how wide the block should be, the Ritz values whether that was
+   enough, and the bounds on their residuals when to stop.
+2. The filtered Gram matrix of :mod:`pss_param.filtered` serves those where values crowd around the edge, as in trained
+   weights, and small ones (from 192 to 256), unless a level is asked for.
+3. The whole spectrum (:mod:`pss_param.whole`) serves what is left: matrices below 192, flat spectra of which more than
+   a quarter is wanted, and levels inside of a dense bulk. It comes from the Gram matrix of the smaller side where its
+   squared values keep enough digits, and from ``torch.linalg.svd`` where they do not: for tolerances near the rounding
+   of the arithmetic, edges below 1 % of ``S[0]``, and all values of a nearly square matrix.
+
+A matrix whose pieces lie on several devices is never put together: its iteration goes on, to a full basis if need be.
+
+# Note [Crowded edges]
+A block of ``b`` random columns converges by the gap between the edge ``c`` and the value ``a`` that it ends with: two
+passes multiply what is wanted by ``e^acosh(2 c^2 / a^2 - 1)`` over what is not, and ``e^7`` of that is what a
+certificate takes. The Gram matrix and its factorisation cost about ``n / 2.5`` columns of a pass. Once the basis is
+twice as wide as the block its Ritz values tell ``c / a``: passes times columns over ``n`` come out as 0.8 to 1 for
+trained weights (512 x 512 to 2048 x 2048) and as 0.02 to 0.2 for ``S ~ j^-0.5`` and collapsed ones; above 0.4 the Gram
+matrix takes over. A first block as wide as a sixteenth of the matrix goes there at once.
 
 # Note [What a certificate costs]
-``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has; with
-``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found, and
-the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual may do
-is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6), one with
-``S ~ j^-0.5`` 7 to 12 (6 to 12). Where many values crowd around the edge, as in a trained matrix, the error is small
-long before anybody could know: at 2048 x 2048 with 51 dominant values it falls below 1e-2 after 8 passes, the residuals
-of the taken triplets prove that much after 12, and that nothing above the edge was missed is certain only after more
-than 20, because the unseen rest reaches to within 10 % of the edge. Time of ``svd_lowrank`` over ours, with one thread
-and its cheapest settings for the same error: 512 x 512 0.2 to 0.4, 1024 x 1024 0.4 to 0.7, 2048 x 2048 0.5 to 1.0;
-trained 0.3 to 0.6, and at 1e-4 it does not get there at all.
+``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has;
+with ``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found,
+and the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual
+may do is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6),
+one with ``S ~ j^-0.5`` 8 to 11 (6 to 12); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`. A
+trained matrix costs one Gram matrix, a third of that for the factorisation which proves that nothing was missed, and 6
+to 10 products with it. Times over a grid of shapes, spectra and tolerances are in
+``examples/benchmarks/results/spectra.json`` and the README.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak
+from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
+from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix, Ritz
+from pss_param.products import FULL_WIDTH
+from pss_param.whole import dense
 
-FIRST_BLOCK = 8
-"""Columns of the first sketch: enough for a collapsed matrix, and as many as a pass carries at little extra time."""
+_TILE = 8
+"""Columns of the narrowest block: enough for a collapsed matrix, and fewer cost a pass as much."""
 
 # An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
 # the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
@@ -55,30 +68,15 @@ _CORE_THAT_COSTS = 96
 # Up to this many elements of W times columns of the block a pass costs less than the look at what it brought.
 _PASS_THAT_COSTS = 1 << 24
 
+# Note [Crowded edges] in :mod:`pss_param.solver`.
+_GROWTH = 7.0
+_PASS_OVER_GRAM = 2.5
+_WIDE_START = 16
+
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_CHUNK = 1 << 29
+_ALIGNED = 64  # bytes
 _ROW_BLOCK = 1 << 22  # elements of W that a measurement by rows holds twice
-
-
-@dataclass(frozen=True)
-class Found:
-    """Dominant triplets of one matrix, scaled to ``||W||_F = 1``.
-
-    Attributes:
-        U: ``(m, k)``.
-        S: ``(k,)``.
-        Vh: ``(k, n)``.
-        residual: ``||W^T u - s v||`` of each, ``(k,)``.
-        top: the largest singular value, also where ``k = 0``.
-        verdict: ``k``, edge and error.
-    """
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    residual: Tensor
-    top: float
-    verdict: Verdict
 
 
 def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
@@ -94,10 +92,8 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     Returns:
         One result a matrix.
     """
-    if W.shape[1] < W.shape[2]:  # the Krylov basis lives on the smaller side
-        start = None if init is None else W @ init
-        found = solve(W.mT, norms, requests, seed, start)
-        return [replace(one, U=one.Vh.mT, Vh=one.U.mT) for one in found]
+    if not W.is_cuda and W.data_ptr() % _ALIGNED:
+        W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     size = max(1, (_CUDA_CHUNK if W.is_cuda else _CPU_CHUNK) // (W.shape[1] * W.shape[2]))
     scale = torch.where(norms > 0, norms, torch.ones_like(norms))
     found = []
@@ -130,41 +126,58 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 
 
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
-    n = W.shape[-1]
+    least = min(W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if n <= _WHOLE_BELOW or _BLOCKS_THAT_PAY * wanted >= n:
-        return [_whole(W[i] / scale[i].to(W.dtype), request) for i, request in enumerate(requests)]
+    if least <= _WHOLE_BELOW or _BLOCKS_THAT_PAY * wanted >= least:
+        return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
     if len(requests) == 1:  # without the batch dimension a product is a plain one, which is faster on a CPU
         init = None if init is None else init[0]
         krylov = Krylov(W[0], scale[0], seed)
     else:
         krylov = Krylov(W, scale, seed)
-    krylov.start(_first_block(krylov, requests, init))
-    ritz, verdicts = _iterate(krylov, requests, widest=n // _WIDEST)
+    block = _first_block(krylov, requests, init)
+    if block.shape[-1] * _WIDE_START >= least and init is None and _filterable(requests):
+        return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
+    krylov.start(block)
+    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST)
     return [
-        _leading(krylov, ritz, i, verdict) if verdict is not None else _whole(W[i] / scale[i].to(W.dtype), requests[i])
+        _leading(krylov, ritz, i, verdict)
+        if verdict is not None
+        else dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i))
         for i, verdict in enumerate(verdicts)
     ]
 
 
+def _directions(krylov: Krylov, ritz: Ritz, index: int) -> Tensor:
+    """The Ritz vectors of the smaller side, as far as the start was wide enough for them."""
+    U, _, Vh = krylov.triplets(ritz, index, min(krylov.random_columns, krylov.rank))
+    return U if U.shape[0] < Vh.shape[1] else Vh.mT
+
+
 def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> Tensor:
     """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already."""
-    n, wanted = krylov.W.shape[-1], max((request.rank or 0) + OVERSAMPLING for request in requests)
+    least = min(krylov.W.shape[-2:])
+    wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if init is not None:
-        return torch.cat([init, krylov.sketch(min(OVERSAMPLING, n - init.shape[-1]))], dim=-1)
-    block = krylov.sketch(min(n, max(FIRST_BLOCK, wanted)))
+        return krylov.sketch(min(OVERSAMPLING, least - init.shape[-1]), init)
+    block = krylov.sketch(min(least, max(FULL_WIDTH, _tiles(wanted))))
     if all(request.rank is not None for request in requests):
-        return block
+        return block[..., : _tiles(wanted)]
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
         held = block.shape[-1]
-        columns = min(_guess(block) + OVERSAMPLING, 2 * held, n // _BLOCKS_THAT_PAY)
+        columns = min(_tiles(_guess(block) + OVERSAMPLING), 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            return block
+            return block[..., : max(columns, _TILE)]
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
 
+def _tiles(columns: int) -> int:
+    """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``."""
+    return _TILE if columns <= _TILE else math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
+
+
 def _guess(sketch: Tensor) -> int:
-    """A stable rank from a sketch ``Z = W^T Omega (..., n, b)``: the largest of the batch."""
+    """A stable rank from a sketch ``Z = W Omega (..., m, b)``: the largest of the batch."""
     # The Gram matrix of Z has the identity as its mean, and a dominant direction adds about b / SR to its largest
     # eigenvalue. The guess is right within a factor of two or three up to a stable rank of 2 b, and low beyond.
     gram = (sketch.mT @ sketch).double()
@@ -181,14 +194,15 @@ def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tup
         ritz = krylov.ritz()
         verdicts = _verdicts(krylov, ritz, requests)
         missing = max(verdict.k for verdict in verdicts) + OVERSAMPLING - krylov.random_columns
-        full = krylov.complete or (widest is not None and krylov.rank >= widest)
+        full = krylov.complete or (widest is not None and (krylov.rank >= widest or _crowded(krylov, ritz, requests)))
         if full or (missing <= 0 and all(verdict.enough for verdict in verdicts)):
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
+        fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         if before == math.inf and 2 * fresh < krylov.random_columns:
             fresh = 0  # the first values are low, and so the first stable rank is high: it may not be many after all
         worst = max(verdict.error for verdict in verdicts)
-        costly = krylov.rank >= _CORE_THAT_COSTS
+        costly = cheap or krylov.rank >= _CORE_THAT_COSTS
         expected = _passes_to_go(worst, before, passes, requests[0].tol) if costly else 1
         before, passes = worst, max(expected, 2 if cheap else 1)
         for i in range(passes):
@@ -200,6 +214,23 @@ def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tup
                 return ritz, [verdict if verdict.enough and verdict.k <= mature else None for verdict in verdicts]
             krylov.expand(fresh)
             fresh = 0
+
+
+def _filterable(requests: list[Request]) -> bool:
+    return all(request.level is None and not request.bulk for request in requests)
+
+
+def _crowded(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> bool:
+    """Whether a filtered Gram matrix costs less than the passes that the iteration needs: Note [Crowded edges]."""
+    columns, least = krylov.random_columns, min(krylov.W.shape[-2:])
+    if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
+        return False
+    needed = 0.0
+    for S, request in zip(ritz.S.reshape(-1, krylov.rank).tolist(), requests, strict=True):
+        k = math.floor(stable_rank_of(S[0])) if request.rank is None else request.rank
+        ratio = (S[min(k, columns - 1)] / max(S[columns - 1], 1e-30)) ** 2
+        needed = max(needed, 2 * _GROWTH / math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
+    return needed * columns * _PASS_OVER_GRAM > least
 
 
 def _passes_are_cheap(krylov: Krylov) -> bool:
@@ -271,44 +302,3 @@ def _leading(krylov: Krylov, ritz: Ritz, index: int, verdict: Verdict) -> Found:
     f = ritz.S.shape[-1]
     residual = ritz.residual.reshape(-1, f)[index, : verdict.k].to(S.dtype)
     return Found(U, S, Vh, residual, float(ritz.S.reshape(-1, f)[index, 0]), verdict)
-
-
-def _whole(W: Tensor, request: Request) -> Found:
-    """By the eigenvalues of the Gram matrix of one tall matrix, or by an SVD where squares are too coarse."""
-    m, n = W.shape
-    if request.rank == n and m < 2 * n:  # the least value of a nearly square matrix is lost in the square
-        return _whole_by_svd(W, request)
-    eps, tiny = torch.finfo(W.dtype).eps, torch.finfo(W.dtype).tiny
-    values, V = torch.linalg.eigh(_gram(W))
-    S = values.clamp_min(0).sqrt().flip(0).to(W.dtype)
-    # A square s^2 carries a rounding of some eps * S[0]^2: s is off by that over s, and by no more than its root.
-    rounding = 8 * eps * S[:1].square()
-    residual = torch.minimum(rounding / S.clamp_min(tiny), rounding.sqrt())
-    verdict = judge(Spectrum(S.tolist(), residual.tolist(), (W.shape[0], W.shape[1]), True, eps), request)
-    lowest = max(verdict.edge, request.level or 0.0, 0.0 if math.isnan(verdict.bulk_edge) else verdict.bulk_edge)
-    if not (verdict.error <= request.tol and lowest > _COARSE * math.sqrt(eps) * float(S[0])):
-        return _whole_by_svd(W, request)
-    V = V.flip(1)[:, : verdict.k].to(W.dtype)
-    product = W @ V
-    length = torch.linalg.vector_norm(product, dim=0)
-    return Found(product / length, length, V.mT, residual[: verdict.k], float(S[0]), verdict)
-
-
-# Values below this many square roots of the rounding unit, times S[0], have lost half of their digits in the square.
-_COARSE = 30.0
-
-
-def _gram(W: Tensor) -> Tensor:
-    """``W^T W``, in float64 where that costs little beside the eigenvalues: for small matrices."""
-    if W.shape[1] <= FIRST_BLOCK**2:
-        W = W.double()
-    return W.mT @ W
-
-
-def _whole_by_svd(W: Tensor, request: Request) -> Found:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    eps = torch.finfo(S.dtype).eps
-    residual = (4 * eps * S[:1]).expand_as(S)
-    verdict = judge(Spectrum(S.tolist(), residual.tolist(), (W.shape[0], W.shape[1]), True, eps), request)
-    k = verdict.k
-    return Found(U[:, :k], S[:k], Vh[:k], residual[:k], float(S[0]), verdict)

@@ -11,15 +11,16 @@ decided, in :mod:`pss_param.certificate`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from pss_param.certificate import STABLE_RANK_SLACK, Request, stable_rank_of
 from pss_param.errors import ArgumentError, NonFiniteError
+from pss_param.found import Found
 from pss_param.sharded import ShardedMatrix, is_sharded
-from pss_param.solver import Found, solve, solve_sharded
+from pss_param.solver import solve, solve_sharded
 
 _SEED = 0x50555
 _NOT_FINITE = "W must be finite, got NaN or infinity; take the weight from a checkpoint before the blow-up"
@@ -189,13 +190,9 @@ def _of_sharded(
         raise NonFiniteError(_NOT_FINITE)
     rank, above, tol = wanted
     requests = _requests(rank, above, tol, torch.Size(), norms)
-    tall = W.shape[1] >= W.shape[2]
-    if init is not None:
-        init = init.to(W.device, W.dtype)[None] if tall else W @ init.to(W.device, W.dtype)[None]
+    init = None if init is None else init.to(W.device, W.dtype)[None]
     with torch.autocast(W.device.type, enabled=False):
-        found = solve_sharded(W if tall else W.mT, norms, requests[0], _seed(generator), init)
-        if not tall:
-            found = replace(found, U=found.Vh.mT, Vh=found.U.mT)
+        found = solve_sharded(W, norms, requests[0], _seed(generator), init)
         return _gathered([found], norms, requests, torch.Size(), found.U)
 
 

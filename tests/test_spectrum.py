@@ -141,6 +141,17 @@ def test_same_input_gives_same_bits_whatever_the_global_seed(global_random_state
     assert torch.equal(first.Vh, second.Vh)
 
 
+@pytest.mark.parametrize("shape", [(256, 64), (230, 256), (600, 400)], ids=str)
+def test_where_a_matrix_lies_in_memory_changes_no_bit(shape):
+    W = with_spectrum(*shape, power(min(shape), 0.7)).float()
+    found = []
+    for offset in (0, 1, 3, 16):
+        place = torch.empty(W.numel() + 16)[offset : offset + W.numel()].view(shape)
+        place.copy_(W)
+        found.append(dominant_directions(place))
+    assert all(torch.equal(one.U, found[0].U) and torch.equal(one.Vh, found[0].Vh) for one in found)
+
+
 def test_scaling_by_a_power_of_two_changes_no_bit():
     W = with_spectrum(300, 250, power(250, 0.7)).float()
     plain, scaled = dominant_directions(W), dominant_directions(W * 2.0**20)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's table, from the JSON of the measurements and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from .cases import SPECTRA
+from .methods import OTHERS
+
+BEGIN, END = "<!-- spectra: begin -->", "<!-- spectra: end -->"
+NAMES = {
+    "power 0.5": "`S ~ j^-0.5`",
+    "power 1": "`S ~ 1/j`",
+    "trained": "trained: many values crowd around the edge",
+    "collapsed": "collapsed: a few values over a flat bulk",
+    "flat": "fresh: nothing stands out",
+}
+
+
+def mean(ratios: Iterable[float]) -> float:
+    """Geometric mean."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def ratios(cells: list[dict], name: str) -> list[float]:
+    """The rival's time over ours, in the cells where it reached the target."""
+    return [cell["ratios"][name] for cell in cells if name in cell["ratios"]]
+
+
+def line(label: str, cells: list[dict]) -> str:
+    """One row: our times, and how often and how much faster than ``svd_lowrank``."""
+    seen = ratios(cells, "svd_lowrank")
+    times = sorted(cell["ms"] for cell in cells)
+    missed = sum("svd_lowrank" in cell["missed"] for cell in cells)
+    compared = f"{mean(seen):.2f} | {min(seen):.2f} | {max(seen):.1f}" if seen else "- | - | -"
+    return f"| {label} | {len(cells)} | {times[0]:.1f} to {times[-1]:.0f} | {compared} | {missed} |"
+
+
+def table(report: dict) -> str:
+    """The README's section between its markers.
+
+    Args:
+        report: what ``spectra.json`` holds.
+
+    Returns:
+        Markdown.
+    """
+    cells = report["cells"]
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    by_kind = {kind: [cell for cell in cells if cell["spectrum"] == kind] for kind in SPECTRA}
+    rows = [line(NAMES[kind], some) for kind, some in by_kind.items() if some]
+    others = [
+        f"{name} {mean(found):.1f} (worst {min(found):.2f}, {len(found)} cells)"
+        for name in OTHERS
+        if (found := ratios(cells, name))
+    ]
+    text = [
+        f"{report['versions']}; shapes {', '.join(shapes)}; error targets 1e-2, 1e-3, 1e-4.",
+        "",
+        "| spectrum | cells | our ms | `svd_lowrank` / ours, mean | worst | best | targets `svd_lowrank` missed |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        line("**all**", cells),
+        "",
+        f"Others' time over ours, geometric mean: {'; '.join(others)}.",
+    ]
+    if "full_svd" in report:
+        full = report["full_svd"]
+        text.append(
+            f"`torch.linalg.svd` at {full['shape']} took {full['s']:.1f} s: "
+            f"{full['least']:.0f} to {full['most']:.0f} times ours, by spectrum and target."
+        )
+    return "\n".join(text)
+
+
+def put(readme: Path, report: dict) -> None:
+    """Write the table between the markers of a README."""
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN, 1)
+    readme.write_text(f"{head}{BEGIN}\n{table(report)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""One matrix by its Gram matrix: the filtered block, the whole spectrum, or an SVD where squares are too coarse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pss_param.certificate import Request, Spectrum, judge
+from pss_param.filtered import WIDEST, dominant_by_filter
+from pss_param.found import Found
+from pss_param.products import times
+
+# Below, the eigenvalues of all cost less than the many small operations of a filter (1.6 ms at 192 with one thread).
+_FILTER_FROM = 192
+
+_SQUARABLE = (1e-12, 1e12)  # norms whose squares, and those of small values beside them, stay in float32
+
+
+def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor | None = None) -> Found:
+    """Dominant triplets of one matrix that is small, or whose values crowd around the edge.
+
+    Args:
+        W: ``(m, n)``.
+        scale: ``||W||_F``, not zero.
+        request: what is wanted.
+        seed: of random columns.
+        start: directions of the smaller side that are known already, ``(min(m, n), b)``.
+
+    Returns:
+        The triplets with their certificate.
+    """
+    if W.shape[0] < W.shape[1]:
+        return dense(W.mT, scale, request, seed, start).of_transpose
+    m, n = W.shape
+    if request.rank == n and m < 2 * n:  # the least value of a nearly square matrix is lost in the square
+        return _whole_by_svd(W / scale.to(W.dtype), request)
+    if not _SQUARABLE[0] < float(scale) < _SQUARABLE[1]:
+        W, scale = W / scale.to(W.dtype), torch.ones_like(scale)
+    gram = _gram(W, scale)
+    if request.rank != 0 and request.level is None and not request.bulk and n >= _FILTER_FROM:
+        found = _by_filter(W, gram, scale, request, seed, start)
+        if found is not None:
+            return found
+    return _whole(W, gram, scale, request)
+
+
+def _by_filter(
+    W: Tensor, gram: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor | None
+) -> Found | None:
+    if start is None:
+        # The sum of squared eigenvalues is at most the largest one: the stable rank is at most its inverse, and near
+        # half of that in a flat matrix.
+        most = 1.0 / max(float(torch.linalg.vector_norm(gram)) ** 2, 1e-30)
+        if request.rank is None and most * WIDEST > gram.shape[0]:
+            return None
+        start = gram @ _gaussian(gram, gram.shape[0] // 8, seed)
+    return dominant_by_filter(W, gram, scale, request, start)
+
+
+def _gaussian(gram: Tensor, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(columns, gram.shape[0], generator=generator, device="cpu").to(gram).mT
+
+
+def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
+    """By all eigenvalues of the Gram matrix."""
+    eps, tiny = torch.finfo(W.dtype).eps, torch.finfo(W.dtype).tiny
+    values, V = torch.linalg.eigh(gram)
+    S = values.clamp_min(0).sqrt().flip(0).to(W.dtype)
+    # A square s^2 carries a rounding of some eps * S[0]^2: s is off by that over s, and by no more than its root.
+    rounding = 8 * eps * S[:1].square()
+    residual = torch.minimum(rounding / S.clamp_min(tiny), rounding.sqrt())
+    verdict = judge(Spectrum(S.tolist(), residual.tolist(), (W.shape[0], W.shape[1]), True, eps), request)
+    lowest = max(verdict.edge, request.level or 0.0, 0.0 if math.isnan(verdict.bulk_edge) else verdict.bulk_edge)
+    if not (verdict.error <= request.tol and lowest > _COARSE * math.sqrt(eps) * float(S[0])):
+        return _whole_by_svd(W / scale.to(W.dtype), request)
+    V = V.mT.flip(0)[: verdict.k].to(W.dtype).mT
+    product = times(W, V)
+    length = torch.linalg.vector_norm(product, dim=0)
+    return Found(product / length, length / scale.to(W.dtype), V.mT, residual[: verdict.k], float(S[0]), verdict)
+
+
+# Values below this many square roots of the rounding unit, times S[0], have lost half of their digits in the square.
+_COARSE = 30.0
+
+_WIDE_GRAM = 64  # columns up to which a Gram matrix in float64 costs little beside its eigenvalues
+
+
+def _gram(W: Tensor, scale: Tensor) -> Tensor:
+    """``W^T W / ||W||_F^2``, in float64 where that costs little beside the eigenvalues: for small matrices."""
+    inverse = 1.0 / scale
+    if W.shape[1] <= _WIDE_GRAM:
+        W = W.double()
+    product: Tensor = (W.mT @ W).mul_(inverse.square().to(W.dtype))
+    return product
+
+
+def _whole_by_svd(W: Tensor, request: Request) -> Found:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    eps = torch.finfo(S.dtype).eps
+    residual = (4 * eps * S[:1]).expand_as(S)
+    verdict = judge(Spectrum(S.tolist(), residual.tolist(), (W.shape[0], W.shape[1]), True, eps), request)
+    k = verdict.k
+    return Found(U[:, :k], S[:k], Vh[:k], residual[:k], float(S[0]), verdict)
