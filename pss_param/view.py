@@ -23,31 +23,20 @@ moved in between would give wrong gradients without an error. It is noticed as f
 import hashlib
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pss_param.compiled import note_traced
 from pss_param.errors import NonFiniteError, StateError
+from pss_param.factors import Factors, factors_at, factors_of, padded
 from pss_param.matricize import Matricization
 from pss_param.resharding import ThinSaving
 from pss_param.sharded import Cut, Layout, cut_product, is_sharded, local_part, local_product
-from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing, correction
+from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing
 
 __all__ = ["SmoothingView", "inside_backward", "refuse_inside_backward"]
-
-
-class Factors(NamedTuple):
-    r"""The part that smoothing takes away from one batch of matrices: ``left @ right``.
-
-    Attributes:
-        left: Left dominant directions times what their values lose, ``(..., m, r)``, float32 or wider.
-        right: Right dominant directions, ``(..., r, n)``.
-    """
-
-    left: Tensor
-    right: Tensor
 
 
 class SmoothingView(nn.Module):
@@ -180,7 +169,12 @@ class SmoothingView(nn.Module):
         refuse_inside_backward("a gate cannot be folded")
         with torch.no_grad():
             # Not through .data: autograd has to see that a tensor it saved was changed.
-            weight.copy_(self.smoothed(weight))
+            factors = self._decompose(weight) if self.factors is None else self.factors
+            if self._is_one_product(weight, factors):
+                with torch.autocast(weight.device.type, enabled=False):
+                    weight.addmm_(*factors_at(weight, factors[0]), alpha=-1)
+            else:
+                weight.copy_(self.apply_factors(weight, factors))
         self.openings += 1
         self.close()
 
@@ -243,7 +237,7 @@ class SmoothingView(nn.Module):
             rank: The new rank; a factor that has more keeps it.
         """
         if self.factors is not None:
-            self.factors = tuple(_pad(pair, rank) for pair in self.factors)
+            self.factors = tuple(padded(pair, rank) for pair in self.factors)
 
     def apply_factors(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
         r"""Subtract ``left @ right`` in the factors' precision and cast once.
@@ -258,6 +252,8 @@ class SmoothingView(nn.Module):
         """
         # Autocast would run the product in bfloat16, an error of 1e-4.
         with torch.autocast(weight.device.type, enabled=False):
+            if self._is_one_product(weight, factors):
+                return torch.addmm(weight, *factors_at(weight, factors[0]), alpha=-1)
             with torch.no_grad():
                 delta = self._delta(weight, factors)
             if delta._base is not None:  # autograd refuses to write into a view made without gradients
@@ -265,17 +261,23 @@ class SmoothingView(nn.Module):
             # In the buffer of the product: an open gate needs one more weight at a time, not two.
             return delta.neg_().add_(weight).to(weight.dtype)
 
+    def _is_one_product(self, weight: Tensor, factors: tuple[Factors, ...]) -> bool:
+        # Then one kernel reads and writes the weight once, and in place it gives the same bits as into a new tensor.
+        plain = self.matricization.linear and self.resting is None and not is_sharded(weight)
+        return plain and weight.dtype == factors[0].left.dtype and weight.is_contiguous()
+
     def _delta(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
         if is_sharded(weight):
             return self._local_delta(weight, factors)
-        factors = tuple(Factors(left.to(weight.device), right.to(weight.device)) for left, right in factors)
+        factors = tuple(factors_at(weight, pair) for pair in factors)
         if self.matricization.linear and self.resting is not None:
             return cut_product(*factors[0], self._cut(weight))
         parts = tuple(left @ right for left, right in factors)
         if self.matricization.linear:
             return parts[0]
         # Parts that are left alone lose nothing; join would take them from the weight.
-        like = torch.zeros_like(weight, dtype=parts[0].dtype) if self.matricization.only else weight
+        # Detached, because einops keeps a list of the types it has seen, and a compiled program is bound to its length.
+        like = torch.zeros_like(weight, dtype=parts[0].dtype) if self.matricization.only else weight.detach()
         return self.matricization.join(parts, like)
 
     def _local_delta(self, weight: Any, factors: tuple[Factors, ...]) -> Tensor:
@@ -297,10 +299,9 @@ class SmoothingView(nn.Module):
             generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
             try:
                 parts = self._matrices(weight.detach())
-                found = [correction(part, self.smoothing, generator=generator) for part in parts]
+                return factors_of(parts, self.smoothing, generator)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.label} cannot be smoothed: {error}") from error
-            return tuple(Factors(one.U * one.d.unsqueeze(-2), one.Vh) for one in found)
 
     def _matrices(self, weight: Any) -> tuple[Tensor, ...]:
         # A sharded matrix stays where it is; what is a packing of several has to be whole to be unpacked.
@@ -383,8 +384,3 @@ def inside_backward() -> bool:
         False
     """
     return bool(_graph_task() != -1)
-
-
-def _pad(pair: Factors, rank: int) -> Factors:
-    missing = max(0, rank - pair.right.shape[-2])
-    return Factors(nn.functional.pad(pair.left, (0, missing)), nn.functional.pad(pair.right, (0, 0, 0, missing)))

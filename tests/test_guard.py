@@ -511,11 +511,12 @@ def test_compiled_without_graph_breaks_and_two_graphs():
     assert same(snapshot(model), snapshot(twin))
 
 
-def test_compiled_fused_weights_show_what_the_fold_stores():
+def test_compiled_fused_weights_show_what_the_fold_stores_in_two_graphs(monkeypatch):
+    monkeypatch.setattr("einops._backends._type2backend", {})  # as in a fresh process
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    guard = attach(model, detector=OnSteps(1))
+    guard = attach(model, detector=OnSteps(1, 2, 3))
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = torch.randn(2, 5, 16)
@@ -525,6 +526,11 @@ def test_compiled_fused_weights_show_what_the_fold_stores():
     guard.fold()
     assert torch.equal(compiled(x).detach(), shown)
     assert not torch.allclose(plain, shown, atol=1e-3)
+    for _ in range(2):
+        guard.step(1.0)
+        compiled(x)
+        guard.fold()
+    assert guard.triggers == 3
     assert counter.frame_count == 2
 
 

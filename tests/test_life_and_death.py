@@ -11,7 +11,9 @@ QUICK = ("clipped",)
 """The others are slow: twice ten seconds each."""
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOOPS])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOOPS]
+)
 def test_it_dies_without_the_guard_and_lives_with_it(name: str) -> None:
     torch._dynamo.reset()
     with one_thread():

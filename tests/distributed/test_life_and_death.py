@@ -14,8 +14,8 @@ import pss_param.compiled as tracing
 
 slow = pytest.mark.slow
 TWO = [
-    "fsdp",
-    *(pytest.param(stack, marks=slow) for stack in ("ddp", "fsdp bf16", "tp", "fsdp compiled")),
+    "ddp",
+    *(pytest.param(stack, marks=slow) for stack in ("fsdp", "fsdp bf16", "tp", "fsdp compiled")),
 ]
 
 
