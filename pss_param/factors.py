@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pss_param.smoothing import Smoothing, correction
 
-__all__ = ["Factors", "factors_at", "factors_of", "padded"]
+__all__ = ["Factors", "factors_at", "factors_of", "no_change", "padded"]
 
 
 class Factors(NamedTuple):
@@ -72,4 +72,27 @@ def padded(pair: Factors, rank: int) -> Factors:
         Factors of the same product.
     """
     missing = max(0, rank - pair.right.shape[-2])
-    return Factors(nn.functional.pad(pair.left, (0, missing)), nn.functional.pad(pair.right, (0, 0, 0, missing)))
+    # Contiguous, because compiled programs are bound to strides too.
+    left = nn.functional.pad(pair.left, (0, missing)).contiguous()
+    return Factors(left, nn.functional.pad(pair.right, (0, 0, 0, missing)).contiguous())
+
+
+def no_change(part: Tensor, rank: int, device: torch.device) -> Factors:
+    r"""Make factors of zeros.
+
+    Args:
+        part: A matrix ``(..., m, n)`` of the shape and dtype to fit.
+        rank: Their rank.
+        device: Where they shall lie.
+
+    Returns:
+        Factors whose product takes nothing away.
+
+    Example:
+        >>> [tuple(factor.shape) for factor in no_change(torch.ones(4, 3), 2, torch.device("cpu"))]
+        [(4, 2), (2, 3)]
+    """
+    *batch, m, n = part.shape
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    shapes = (*batch, m, rank), (*batch, rank, n)
+    return Factors(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))

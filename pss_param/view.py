@@ -21,8 +21,6 @@ moved in between would give wrong gradients without an error. It is noticed as f
 """
 
 import hashlib
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +28,9 @@ from torch import Tensor, nn
 
 from pss_param.compiled import note_traced
 from pss_param.errors import NonFiniteError, StateError
-from pss_param.factors import Factors, factors_at, factors_of, padded
+from pss_param.factors import Factors, factors_at, factors_of, no_change, padded
 from pss_param.matricize import Matricization
+from pss_param.pending import PendingReads
 from pss_param.resharding import ThinSaving
 from pss_param.sharded import Cut, Layout, cut_product, is_sharded, local_part, local_product
 from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing
@@ -86,10 +85,12 @@ class SmoothingView(nn.Module):
         self.matricization = Matricization() if matricization is None else matricization
         self.label, self.seed = label, seed
         self.is_open = False
+        # What a read asks: also true of a view that stands by, see Note [Two graphs] of opening.py.
+        self.is_read = False
         self.openings = 0
         self.was_read = False
         self.factors: tuple[Factors, ...] | None = None
-        self.pending = _PendingReads()
+        self.pending = PendingReads()
         self.resting: Layout | None = None
         self.thin: ThinSaving | None = None
         # The views of one guard share both, so that it need not ask each of them at every step.
@@ -109,7 +110,7 @@ class SmoothingView(nn.Module):
             StateError: If the gate was opened between a forward pass and its recomputation, or if a compiled
                 program reads an open gate whose directions were not prepared.
         """
-        if not self.is_open:
+        if not self.is_read:
             return weight
         if torch.compiler.is_compiling():
             note_traced(self.tag)
@@ -119,6 +120,8 @@ class SmoothingView(nn.Module):
                     "pass policy=GuardPolicy(prepare='eager') to pss_param.attach"
                 )
             return self.apply_factors(weight, self.factors)
+        if not self.is_open:
+            return weight
         if self.resting is not None and is_sharded(weight) and weight.device_mesh == self.resting.mesh:
             return weight  # Note [At rest and in forward] of resharding.py
         recomputing = inside_backward()
@@ -155,8 +158,21 @@ class SmoothingView(nn.Module):
         refuse_inside_backward("a gate cannot be opened")
         if self.is_open:
             raise StateError(f"the gate of {self.label} is open already; fold or discard it first")
-        self.is_open = True
+        self.is_open = self.is_read = True
+        self.factors = None
         self.opened.add(self.label)
+
+    def stand_by(self, weight: Tensor, rank: int) -> None:
+        r"""Let compiled programs read a closed gate as if it were open, with nothing to take away.
+
+        Args:
+            weight: The stored weight.
+            rank: The rank of the factors of zeros.
+        """
+        if not self.is_open:
+            self.is_read = True
+            shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            self.factors = tuple(no_change(part, rank, weight.device) for part in self.matricization.split(shape))
 
     def fold_(self, weight: Tensor) -> None:
         r"""Write the smoothing into the stored weight, in place, and close the gate; nothing when it is closed.
@@ -165,6 +181,7 @@ class SmoothingView(nn.Module):
             weight: The stored weight; gets exactly the bits that the open view showed.
         """
         if not self.is_open:
+            self._leave()
             return
         refuse_inside_backward("a gate cannot be folded")
         with torch.no_grad():
@@ -185,6 +202,7 @@ class SmoothingView(nn.Module):
             StateError: If a backward pass runs or has yet to come for a read of the open gate.
         """
         if not self.is_open:
+            self._leave()
             return
         refuse_inside_backward("a gate cannot be discarded")
         if self.pending:
@@ -197,13 +215,17 @@ class SmoothingView(nn.Module):
 
     def close(self) -> None:
         r"""Close the gate and forget the directions, whatever is pending: the weight was replaced from outside."""
-        self.is_open, self.was_read, self.factors = False, False, None
+        self.is_open, self.is_read, self.was_read, self.factors = False, False, False, None
         self.opened.discard(self.label)
-        self.pending = _PendingReads()
+        self.pending = PendingReads()
         self.resting = None
         if self.thin is not None:
             self.thin.remove()
             self.thin = None
+
+    def _leave(self) -> None:
+        if self.is_read:
+            self.close()
 
     def smoothed(self, weight: Tensor) -> Tensor:
         r"""Compute what the open gate shows, without changing the view.
@@ -323,37 +345,6 @@ class SmoothingView(nn.Module):
         """
         gate = "open" if self.is_open else "closed"
         return f"{self.smoothing.shape} to the {self.smoothing.edge} edge, gate {gate}"
-
-
-class _PendingReads:
-    """Reads of an open gate whose backward pass has not come; see Note [When a gate may move]."""
-
-    def __init__(self) -> None:
-        self._tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
-
-    def watch(self, shown: Tensor) -> None:
-        token = _Token(self._tokens)
-        self._tokens.add(token)
-        shown.register_hook(token.done)  # type: ignore[no-untyped-call]
-
-    def __bool__(self) -> bool:
-        return len(self._tokens) > 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_PendingReads":
-        return _PendingReads()
-
-    def __reduce__(self) -> tuple[Callable[[], "_PendingReads"], tuple[()]]:
-        return _PendingReads, ()
-
-
-class _Token:
-    """Owned by the autograd graph alone, so that a dropped graph takes it along."""
-
-    def __init__(self, tokens: "weakref.WeakSet[_Token]") -> None:
-        self._tokens = tokens
-
-    def done(self, gradient: Tensor) -> None:
-        self._tokens.discard(self)
 
 
 def refuse_inside_backward(what: str) -> None:
