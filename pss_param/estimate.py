@@ -12,6 +12,7 @@ from torch import Tensor
 from pss_param.sharded import ShardedMatrix, is_sharded
 
 _SEED = 0x50555
+_WIDE = (torch.float32, torch.float64)
 
 
 class StableRankEstimate(NamedTuple):
@@ -108,9 +109,15 @@ def stable_rank_estimates(matrices: Sequence[Tensor | ShardedMatrix], starts: Se
         seen = _together([matrices[i] for i in members], [starts[i] for i in members])  # type: ignore[misc]
         ranks.update(zip(members, seen.stable_rank.unbind(), strict=True))
         vectors.update(zip(members, seen.vector.unbind(), strict=True))
+    order = range(len(matrices))
+    return StableRankEstimates(_in_a_row([ranks[i] for i in order]), [vectors[i] for i in order])
+
+
+def _in_a_row(ranks: list[Tensor]) -> Tensor:
     device = ranks[0].device
-    found = [ranks[i].reshape(-1).to(device) for i in range(len(matrices))]
-    return StableRankEstimates(torch.cat(found), [vectors[i] for i in range(len(matrices))])
+    if all(rank.dim() == 0 and rank.device == device for rank in ranks):
+        return torch.stack(ranks)
+    return torch.cat([rank.reshape(-1).to(device) for rank in ranks])
 
 
 def _groups(matrices: Sequence[Tensor | ShardedMatrix]) -> list[list[int]]:
@@ -129,8 +136,12 @@ def _together(matrices: list[Tensor], starts: list[Tensor]) -> StableRankEstimat
 
 
 def _image(W: Tensor | ShardedMatrix, start: Tensor) -> Tensor:
-    image: Tensor = W @ start.to(W.device, W.dtype)
-    return image.to(torch.promote_types(W.dtype, torch.float32))
+    dtype, device = W.dtype, W.device
+    # After a training step every call that does nothing costs as much as a product of a small matrix.
+    if start.dtype != dtype or start.device != device:
+        start = start.to(device, dtype)
+    image: Tensor = W @ start
+    return image if dtype in _WIDE else image.to(torch.float32)
 
 
 def _normalised(image: Tensor) -> tuple[Tensor, Tensor]:
