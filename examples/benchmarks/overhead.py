@@ -156,19 +156,19 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def look_seconds(self) -> float:
+    def look_seconds(self, rounds: int) -> float:
         """Seconds of one look of StableRankFloor, and of judging it; caches as a step leaves them."""
         floor = pss.StableRankFloor()
         floor.bind(self.guard._matrices)
         floor.look(self.guard._matrices)  # the first one measures what later ones are compared with
         taken = []
-        for _ in range(2):  # one from each side of the matrices
+        for _ in range(max(2, rounds)):  # from either side of the matrices in turn
             self.timed(False)
             floor.step += floor.period
             start = time.perf_counter()
             floor.judge(1.0, [look.tolist() for look in floor.look(self.guard._matrices)])
             taken.append(time.perf_counter() - start)
-        return sum(taken) / len(taken)
+        return statistics.mean((statistics.median(taken[::2]), statistics.median(taken[1::2])))
 
     def read_seconds(self) -> float:
         """Seconds that closed views add to the reads of one forward pass."""
@@ -277,14 +277,14 @@ def measure(name: str, device: str, mode: str, rounds: int, rate: float) -> dict
     for _ in range(2):
         bench.timed(True)
     fresh, step = triggered_ratio(bench, 2)
-    rounds = max(2, min(rounds, round(8 / step)))
+    rounds = max(2, min(rounds, round(6 / step)))
     plain, whole, inner = [], [], []
     for _ in range(rounds):
         plain.append(bench.timed(False)[0])
         seconds, inside = bench.timed(True)
         whole.append(seconds / plain[-1])
         inner.append(inside)
-    step, look = statistics.median(plain), statistics.median(bench.look_seconds() for _ in range(3))
+    step, look = statistics.median(plain), bench.look_seconds(rounds)
     for _ in range(rounds):  # on to where weights look as they do when a detector fires
         bench.timed(True)
     with timing_of(pss.SmoothingView, "_decompose") as spent:
