@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guard a model that is spread over processes: the same two lines under DDP and FSDP2.
-
-It starts its own two CPU processes.
-"""
+"""Guard a model on two CPU processes that it starts: the same two lines under DDP and FSDP2."""
 
 import tempfile
 from pydoc_data.topics import topics
@@ -30,9 +27,8 @@ class ByteTransformer(nn.Module):
         self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(*shape, batch_first=True) for _ in range(6))
         self.head = nn.Linear(WIDTH, 256)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+        for parameter in (one for one in self.parameters() if one.dim() > 1):
+            nn.init.normal_(parameter, std=0.02)
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """Compute the loss of a batch of windows ``(B, CONTEXT + 1)``."""
@@ -40,6 +36,12 @@ class ByteTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, src_mask=self.mask, is_causal=True)
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), windows[:, 1:].flatten())
+
+
+def windows() -> torch.Tensor:
+    """Pieces of Python's help texts in random order, the same on every rank."""
+    data = torch.tensor(list("".join(topics.values()).encode())).unfold(0, CONTEXT + 1, CONTEXT)
+    return data[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))]
 
 
 def train(rank: int, rendezvous: str, stack: str, guarded: bool, results: list[float], steps: int = 120) -> None:
@@ -50,10 +52,8 @@ def train(rank: int, rendezvous: str, stack: str, guarded: bool, results: list[f
     for module in (*model.blocks, model) if stack == "fsdp" else ():
         fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
     wrapped = nn.parallel.DistributedDataParallel(model) if stack == "ddp" else model
-    guard = pss.attach(model)
+    guard, data = pss.attach(model), windows()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    data = torch.tensor(list("".join(topics.values()).encode())).unfold(0, CONTEXT + 1, CONTEXT)
-    data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))]
     for step in range(steps):
         optimizer.zero_grad()
         loss = wrapped(data[(WORLD * step + rank) * 4 :][:4])

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pss_param.detector import Detector, Matrix, Verdict, WeightSource
 from pss_param.errors import ArgumentError
-from pss_param.estimate import stable_rank_estimate
-from pss_param.sharded import ShardedMatrix
+from pss_param.estimate import stable_rank_estimates
 
 __all__ = ["StableRankFloor"]
 
@@ -185,9 +184,9 @@ class StableRankFloor(Detector):
     def _iterate(self, current: Mapping[str, tuple[Matrix, ...]]) -> Tensor:
         # Vectors of length n are multiplied by W, those of length m by its transpose: half an iteration each.
         sides = [matrix.mT if self.on_left else matrix for matrices in current.values() for matrix in matrices]
-        ranks, self.vectors = _estimates(sides, self.vectors)
+        ranks, self.vectors = stable_rank_estimates(sides, self.vectors)
         self.on_left = not self.on_left
-        return torch.cat([rank.double().flatten().to(ranks[0].device) for rank in ranks])
+        return ranks.double()
 
     def get_extra_state(self) -> dict[str, Any]:
         r"""Hold the baseline and the warm vectors, without which a resumed run would measure other last bits.
@@ -247,31 +246,3 @@ def _count(matrix: Matrix) -> int:
 def _fresh_ranks(matrix: Matrix) -> list[float]:
     m, n = matrix.shape[-2:]
     return [m * n / (math.sqrt(m) + math.sqrt(n)) ** 2] * _count(matrix)
-
-
-# Up to this many elements a copy of the weight costs less than the kernels of a look at it alone. Measured with one
-# thread: 24 matrices of 128 x 128
-# take 0.5 ms stacked and 1.2 ms one by one; of 512 x 512, 5.6 ms and 3.2 ms.
-_STACKED_ELEMENTS = 1 << 16
-
-
-def _estimates(matrices: list[Matrix], vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Stable ranks and following vectors, small matrices of one shape together."""
-    groups: dict[object, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        alone = isinstance(matrix, ShardedMatrix) or matrix.dim() != 2 or matrix.numel() > _STACKED_ELEMENTS
-        kind = i if alone else (matrix.shape, matrix.dtype, matrix.device)
-        groups.setdefault(kind, []).append(i)
-    ranks: dict[int, Tensor] = {}
-    following: dict[int, Tensor] = {}
-    for members in groups.values():
-        if len(members) == 1:
-            (i,) = members
-            ranks[i], following[i] = stable_rank_estimate(matrices[i], vectors[i])
-            continue
-        stacked = torch.stack([matrices[i] for i in members])  # type: ignore[misc]  # no sharded one has company
-        seen = stable_rank_estimate(stacked, torch.stack([vectors[i].to(stacked.device) for i in members]))
-        ranks.update(zip(members, seen.stable_rank.unbind(), strict=True))
-        following.update(zip(members, seen.vector.unbind(), strict=True))
-    order = range(len(matrices))
-    return [ranks[i] for i in order], [following[i] for i in order]

@@ -32,7 +32,7 @@ from pss_param.detector import Detector, Matrix, Verdict
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
 from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
-from pss_param.opening import open_views
+from pss_param.opening import open_views, stand_by
 from pss_param.policy import GuardPolicy
 from pss_param.reading import Reading, read_now
 from pss_param.removal import detach, view_at
@@ -200,6 +200,7 @@ class Guard:
         """
         self._require_ready("guard.preview()")
         shown = [view for view in self.views.values() if not view.is_open]
+        standing = {view.label for view in shown if view.is_read}
         self._previewing = True
         try:
             self._open(shown)
@@ -209,6 +210,8 @@ class Guard:
             self._previewing = False
             for view in shown:
                 view.close()
+            if standing:
+                stand_by(self.model, self._slots, self.views.values(), self._padded_rank)
 
     def detach(self) -> None:
         r"""Fold, then remove the views; the model is what it was. Does nothing the second time.
@@ -336,8 +339,9 @@ class Guard:
         pending = [name for name, view in self.views.items() if view.is_open]
         if pending:
             reshard(self.model)
-        for name in pending:
-            self.views[name].fold_(self._slots[name][0].weight)
+        for name, view in self.views.items():
+            if view.is_read:
+                view.fold_(self._slots[name][0].weight)
         if self.policy.reset_moments:
             self._stale.update(pending)
         if optimizer is not None:
@@ -375,20 +379,15 @@ class Guard:
         views = [self.views[name] for name in names]
         self._open(views)
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
-        return Event(
-            self.steps,
-            True,
-            norm,
-            verdict.ratio,
-            verdict.reason,
-            names,
-            skip=treat_gradient(self.model, self.policy, norm, verdict.limit),
-        )
+        dropped = treat_gradient(self.model, self.policy, norm, verdict.limit)
+        return Event(self.steps, True, norm, verdict.ratio, verdict.reason, names, dropped)
 
     def _open(self, views: Sequence[SmoothingView]) -> None:
         prepare = self.policy.prepare
         eager = prepare == "eager" or (prepare == "auto" and self._is_compiled())
         self._padded_rank = open_views(self.model, self._slots, views, eager, self._padded_rank)
+        if eager:
+            stand_by(self.model, self._slots, self.views.values(), self._padded_rank)
 
     def _is_compiled(self) -> bool:
         return was_traced(self._tag) or is_compiled(self.model)

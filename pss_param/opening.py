@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Opening the gates of views, and what has to exist before their next read."""
+r"""Opening the gates of views, and what has to exist before their next read.
 
-from collections.abc import Mapping, Sequence
+# Note [Two graphs]
+A compiled program has one graph for each combination of open gates that it meets, and a compiler gives up after eight.
+A detector that names single weights would meet a new combination at nearly every trigger. So where compiled programs
+read the weights, all gates move together: those that are not to be smoothed stand by, with factors of zeros. The
+program then has one graph for closed gates and one for open ones, and a weight that stands by is never written.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -9,7 +16,7 @@ from pss_param.resharding import ThinSaving, reshard, resting_layout
 from pss_param.slot import Slot
 from pss_param.view import SmoothingView
 
-__all__ = ["open_views"]
+__all__ = ["open_views", "stand_by"]
 
 
 def open_views(
@@ -25,7 +32,7 @@ def open_views(
         model: The guarded model.
         slots: Where each view sits, by its label.
         views: Those to open.
-        eager: Whether to compute directions now.
+        eager: Whether to compute directions now; then call :func:`stand_by` too.
         padded_rank: The rank that prepared factors had so far.
 
     Returns:
@@ -44,7 +51,24 @@ def open_views(
     for view in views:
         view.prepare(slots[view.label][0].weight)
     ranks = [pair.right.shape[-2] for view in views for pair in view.factors or ()]
-    padded_rank = max(padded_rank, 1 << (max(ranks, default=1) - 1).bit_length())
+    return max(padded_rank, 1 << (max(ranks, default=1) - 1).bit_length())
+
+
+def stand_by(
+    model: nn.Module, slots: Mapping[str, list[Slot]], views: Iterable[SmoothingView], padded_rank: int
+) -> None:
+    r"""Give all views of a model factors of one rank, those that stay closed zeros; see Note [Two graphs].
+
+    Args:
+        model: The guarded model.
+        slots: Where each view sits, by its label.
+        views: All views of the guard.
+        padded_rank: The rank.
+    """
     for view in views:
-        view.pad_factors(padded_rank)
-    return padded_rank
+        slot = slots[view.label][0]
+        if view.is_open:
+            view.pad_factors(padded_rank)
+        else:
+            view.resting = resting_layout(model, slot.module, slot.weight)
+            view.stand_by(slot.weight, padded_rank)

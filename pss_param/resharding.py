@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from pss_param.sharded import Layout, is_sharded
 
 if TYPE_CHECKING:
-    from pss_param.view import Factors, SmoothingView
+    from pss_param.factors import Factors
+    from pss_param.view import SmoothingView
 
 __all__ = ["ThinSaving", "fully_sharded", "reshard", "resting_layout"]
 

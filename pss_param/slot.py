@@ -239,7 +239,7 @@ def _reader(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         views = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         stack = views._modules  # type: ignore[union-attr]
-        if stack["0"].is_open or len(stack) > 1:  # type: ignore[union-attr]
+        if stack["0"].is_read or len(stack) > 1:  # type: ignore[union-attr]
             return views()  # type: ignore[misc,no-any-return]
         if is_compiling():
             note_traced(stack["0"].tag)  # type: ignore[union-attr,arg-type]

@@ -21,33 +21,21 @@ moved in between would give wrong gradients without an error. It is noticed as f
 """
 
 import hashlib
-import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pss_param.compiled import note_traced
 from pss_param.errors import NonFiniteError, StateError
+from pss_param.factors import Factors, factors_at, factors_of, no_change, padded
 from pss_param.matricize import Matricization
+from pss_param.pending import PendingReads
 from pss_param.resharding import ThinSaving
 from pss_param.sharded import Cut, Layout, cut_product, is_sharded, local_part, local_product
-from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing, correction
+from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing
 
 __all__ = ["SmoothingView", "inside_backward", "refuse_inside_backward"]
-
-
-class Factors(NamedTuple):
-    r"""The part that smoothing takes away from one batch of matrices: ``left @ right``.
-
-    Attributes:
-        left: Left dominant directions times what their values lose, ``(..., m, r)``, float32 or wider.
-        right: Right dominant directions, ``(..., r, n)``.
-    """
-
-    left: Tensor
-    right: Tensor
 
 
 class SmoothingView(nn.Module):
@@ -97,10 +85,12 @@ class SmoothingView(nn.Module):
         self.matricization = Matricization() if matricization is None else matricization
         self.label, self.seed = label, seed
         self.is_open = False
+        # What a read asks: also true of a view that stands by, see Note [Two graphs] of opening.py.
+        self.is_read = False
         self.openings = 0
         self.was_read = False
         self.factors: tuple[Factors, ...] | None = None
-        self.pending = _PendingReads()
+        self.pending = PendingReads()
         self.resting: Layout | None = None
         self.thin: ThinSaving | None = None
         # The views of one guard share both, so that it need not ask each of them at every step.
@@ -120,7 +110,7 @@ class SmoothingView(nn.Module):
             StateError: If the gate was opened between a forward pass and its recomputation, or if a compiled
                 program reads an open gate whose directions were not prepared.
         """
-        if not self.is_open:
+        if not self.is_read:
             return weight
         if torch.compiler.is_compiling():
             note_traced(self.tag)
@@ -130,6 +120,8 @@ class SmoothingView(nn.Module):
                     "pass policy=GuardPolicy(prepare='eager') to pss_param.attach"
                 )
             return self.apply_factors(weight, self.factors)
+        if not self.is_open:
+            return weight
         if self.resting is not None and is_sharded(weight) and weight.device_mesh == self.resting.mesh:
             return weight  # Note [At rest and in forward] of resharding.py
         recomputing = inside_backward()
@@ -166,8 +158,21 @@ class SmoothingView(nn.Module):
         refuse_inside_backward("a gate cannot be opened")
         if self.is_open:
             raise StateError(f"the gate of {self.label} is open already; fold or discard it first")
-        self.is_open = True
+        self.is_open = self.is_read = True
+        self.factors = None
         self.opened.add(self.label)
+
+    def stand_by(self, weight: Tensor, rank: int) -> None:
+        r"""Let compiled programs read a closed gate as if it were open, with nothing to take away.
+
+        Args:
+            weight: The stored weight.
+            rank: The rank of the factors of zeros.
+        """
+        if not self.is_open:
+            self.is_read = True
+            shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            self.factors = tuple(no_change(part, rank, weight.device) for part in self.matricization.split(shape))
 
     def fold_(self, weight: Tensor) -> None:
         r"""Write the smoothing into the stored weight, in place, and close the gate; nothing when it is closed.
@@ -176,11 +181,17 @@ class SmoothingView(nn.Module):
             weight: The stored weight; gets exactly the bits that the open view showed.
         """
         if not self.is_open:
+            self._leave()
             return
         refuse_inside_backward("a gate cannot be folded")
         with torch.no_grad():
             # Not through .data: autograd has to see that a tensor it saved was changed.
-            weight.copy_(self.smoothed(weight))
+            factors = self._decompose(weight) if self.factors is None else self.factors
+            if self._is_one_product(weight, factors):
+                with torch.autocast(weight.device.type, enabled=False):
+                    weight.addmm_(*factors_at(weight, factors[0]), alpha=-1)
+            else:
+                weight.copy_(self.apply_factors(weight, factors))
         self.openings += 1
         self.close()
 
@@ -191,6 +202,7 @@ class SmoothingView(nn.Module):
             StateError: If a backward pass runs or has yet to come for a read of the open gate.
         """
         if not self.is_open:
+            self._leave()
             return
         refuse_inside_backward("a gate cannot be discarded")
         if self.pending:
@@ -203,13 +215,17 @@ class SmoothingView(nn.Module):
 
     def close(self) -> None:
         r"""Close the gate and forget the directions, whatever is pending: the weight was replaced from outside."""
-        self.is_open, self.was_read, self.factors = False, False, None
+        self.is_open, self.is_read, self.was_read, self.factors = False, False, False, None
         self.opened.discard(self.label)
-        self.pending = _PendingReads()
+        self.pending = PendingReads()
         self.resting = None
         if self.thin is not None:
             self.thin.remove()
             self.thin = None
+
+    def _leave(self) -> None:
+        if self.is_read:
+            self.close()
 
     def smoothed(self, weight: Tensor) -> Tensor:
         r"""Compute what the open gate shows, without changing the view.
@@ -243,7 +259,7 @@ class SmoothingView(nn.Module):
             rank: The new rank; a factor that has more keeps it.
         """
         if self.factors is not None:
-            self.factors = tuple(_pad(pair, rank) for pair in self.factors)
+            self.factors = tuple(padded(pair, rank) for pair in self.factors)
 
     def apply_factors(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
         r"""Subtract ``left @ right`` in the factors' precision and cast once.
@@ -258,6 +274,8 @@ class SmoothingView(nn.Module):
         """
         # Autocast would run the product in bfloat16, an error of 1e-4.
         with torch.autocast(weight.device.type, enabled=False):
+            if self._is_one_product(weight, factors):
+                return torch.addmm(weight, *factors_at(weight, factors[0]), alpha=-1)
             with torch.no_grad():
                 delta = self._delta(weight, factors)
             if delta._base is not None:  # autograd refuses to write into a view made without gradients
@@ -265,17 +283,23 @@ class SmoothingView(nn.Module):
             # In the buffer of the product: an open gate needs one more weight at a time, not two.
             return delta.neg_().add_(weight).to(weight.dtype)
 
+    def _is_one_product(self, weight: Tensor, factors: tuple[Factors, ...]) -> bool:
+        # Then one kernel reads and writes the weight once, and in place it gives the same bits as into a new tensor.
+        plain = self.matricization.linear and self.resting is None and not is_sharded(weight)
+        return plain and weight.dtype == factors[0].left.dtype and weight.is_contiguous()
+
     def _delta(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
         if is_sharded(weight):
             return self._local_delta(weight, factors)
-        factors = tuple(Factors(left.to(weight.device), right.to(weight.device)) for left, right in factors)
+        factors = tuple(factors_at(weight, pair) for pair in factors)
         if self.matricization.linear and self.resting is not None:
             return cut_product(*factors[0], self._cut(weight))
         parts = tuple(left @ right for left, right in factors)
         if self.matricization.linear:
             return parts[0]
         # Parts that are left alone lose nothing; join would take them from the weight.
-        like = torch.zeros_like(weight, dtype=parts[0].dtype) if self.matricization.only else weight
+        # Detached, because einops keeps a list of the types it has seen, and a compiled program is bound to its length.
+        like = torch.zeros_like(weight, dtype=parts[0].dtype) if self.matricization.only else weight.detach()
         return self.matricization.join(parts, like)
 
     def _local_delta(self, weight: Any, factors: tuple[Factors, ...]) -> Tensor:
@@ -297,10 +321,9 @@ class SmoothingView(nn.Module):
             generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
             try:
                 parts = self._matrices(weight.detach())
-                found = [correction(part, self.smoothing, generator=generator) for part in parts]
+                return factors_of(parts, self.smoothing, generator)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.label} cannot be smoothed: {error}") from error
-            return tuple(Factors(one.U * one.d.unsqueeze(-2), one.Vh) for one in found)
 
     def _matrices(self, weight: Any) -> tuple[Tensor, ...]:
         # A sharded matrix stays where it is; what is a packing of several has to be whole to be unpacked.
@@ -322,37 +345,6 @@ class SmoothingView(nn.Module):
         """
         gate = "open" if self.is_open else "closed"
         return f"{self.smoothing.shape} to the {self.smoothing.edge} edge, gate {gate}"
-
-
-class _PendingReads:
-    """Reads of an open gate whose backward pass has not come; see Note [When a gate may move]."""
-
-    def __init__(self) -> None:
-        self._tokens: weakref.WeakSet[_Token] = weakref.WeakSet()
-
-    def watch(self, shown: Tensor) -> None:
-        token = _Token(self._tokens)
-        self._tokens.add(token)
-        shown.register_hook(token.done)  # type: ignore[no-untyped-call]
-
-    def __bool__(self) -> bool:
-        return len(self._tokens) > 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_PendingReads":
-        return _PendingReads()
-
-    def __reduce__(self) -> tuple[Callable[[], "_PendingReads"], tuple[()]]:
-        return _PendingReads, ()
-
-
-class _Token:
-    """Owned by the autograd graph alone, so that a dropped graph takes it along."""
-
-    def __init__(self, tokens: "weakref.WeakSet[_Token]") -> None:
-        self._tokens = tokens
-
-    def done(self, gradient: Tensor) -> None:
-        self._tokens.discard(self)
 
 
 def refuse_inside_backward(what: str) -> None:
@@ -383,8 +375,3 @@ def inside_backward() -> bool:
         False
     """
     return bool(_graph_task() != -1)
-
-
-def _pad(pair: Factors, rank: int) -> Factors:
-    missing = max(0, rank - pair.right.shape[-2])
-    return Factors(nn.functional.pad(pair.left, (0, missing)), nn.functional.pad(pair.right, (0, 0, 0, missing)))

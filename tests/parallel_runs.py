@@ -60,21 +60,21 @@ def net() -> Net:
 
 def wrap(model: Net, stack: str) -> nn.Module:
     """Spread the model: the name says how, e.g. ``"fsdp bf16"`` or ``"tp fsdp"``."""
-    words = stack.split()
+    words, kind = stack.split(), next(model.parameters()).device.type
     world = torch.distributed.get_world_size()
     dp = None
     if "tp" in words:
         shape, names = ((world,), ("tp",)) if words == ["tp"] else ((2, world // 2), ("dp", "tp"))
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
         for block in model.blocks:
             parallelize_module(block, mesh["tp"], PLAN)
         dp = mesh["dp"] if "dp" in names else None
     if "hybrid" in words:
-        dp = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+        dp = init_device_mesh(kind, (2, world // 2), mesh_dim_names=("replicas", "shards"))
     if "ddp" in words:
         return DistributedDataParallel(model)
     if "fsdp" in words:
-        dp = init_device_mesh("cpu", (world,)) if dp is None else dp
+        dp = init_device_mesh(kind, (world,)) if dp is None else dp
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if "bf16" in words else MixedPrecisionPolicy()
         options: dict[str, Any] = {"mesh": dp, "mp_policy": policy}
         for block in model.blocks:
@@ -96,7 +96,8 @@ def loss_of(model: nn.Module, step: int, shares: int = 1, share: int = 0) -> Ten
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(16, 7, generator=generator), torch.randint(5, (16,), generator=generator)
     x[-4:] *= 1 + 40 * (step in SPIKES)
-    rows = slice(share * 16 // shares, (share + 1) * 16 // shares)
+    rows, device = slice(share * 16 // shares, (share + 1) * 16 // shares), next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
     return nn.functional.cross_entropy(model(x[rows]).float(), y[rows])
 
 
@@ -123,9 +124,9 @@ def detector() -> GradientNormRatio:
 
 
 def start(stack: str = "", *, attach_first: bool = False, prepare: Callable[[nn.Module], None] = lambda model: None,
-          **options: Any) -> Run:  # fmt: skip
+          device: str = "cpu", **options: Any) -> Run:  # fmt: skip
     """A fresh run on the stack of that name; without a name a plain one on the whole batch."""
-    model, guard = net(), None
+    model, guard = net().to(device), None
     if attach_first:
         guard = attach(model, detector=detector(), **options)
     wrapped = wrap(model, stack) if stack else model
@@ -136,7 +137,7 @@ def start(stack: str = "", *, attach_first: bool = False, prepare: Callable[[nn.
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().cpu()
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

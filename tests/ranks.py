@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes that talk through gloo, kept alive between tests because starting them is what takes the time.
+"""Real processes that talk through gloo, NCCL too where there are GPUs; kept alive, as starting them takes the time.
 
 A test sends a function of its own file; every rank runs it and returns something picklable. A rank that fails or
 hangs takes its pool down, so the next test starts on a fresh one.
@@ -91,7 +91,11 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parent))
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+        _backend(rank, world),
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
     )
     modules: dict[str, ModuleType] = {}
     while True:
@@ -109,6 +113,14 @@ def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
             pipe.send(answer)
         except OSError:  # another rank failed first, and nobody listens any more
             return
+
+
+def _backend(rank: int, world: int) -> str:
+    """gloo; where every rank has a GPU of its own, NCCL beside it for what lies there."""
+    if torch.cuda.device_count() < world:
+        return "gloo"
+    torch.cuda.set_device(rank)
+    return "cpu:gloo,cuda:nccl"
 
 
 def _load(path: str) -> ModuleType:

@@ -3,6 +3,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def example(name):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 80
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module.main
 

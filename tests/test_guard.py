@@ -511,11 +511,12 @@ def test_compiled_without_graph_breaks_and_two_graphs():
     assert same(snapshot(model), snapshot(twin))
 
 
-def test_compiled_fused_weights_show_what_the_fold_stores():
+def test_compiled_fused_weights_show_what_the_fold_stores_in_two_graphs(monkeypatch):
+    monkeypatch.setattr("einops._backends._type2backend", {})  # as in a fresh process
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    guard = attach(model, detector=OnSteps(1))
+    guard = attach(model, detector=OnSteps(1, 2, 3))
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = torch.randn(2, 5, 16)
@@ -525,6 +526,11 @@ def test_compiled_fused_weights_show_what_the_fold_stores():
     guard.fold()
     assert torch.equal(compiled(x).detach(), shown)
     assert not torch.allclose(plain, shown, atol=1e-3)
+    for _ in range(2):
+        guard.step(1.0)
+        compiled(x)
+        guard.fold()
+    assert guard.triggers == 3
     assert counter.frame_count == 2
 
 
@@ -612,3 +618,52 @@ def test_views_opened_by_hand_count_as_open():
     assert not guard.step().triggered
     assert not guard.is_open
     assert guard.views[NAMES[2]].openings == 1
+
+
+def test_a_compiled_program_has_two_graphs_whichever_weights_are_smoothed():
+    torch._dynamo.reset()
+    model, twin = net(), net()
+    subsets = {1: NAMES[:1], 2: NAMES[1:3], 4: NAMES[3:], 5: None, 7: NAMES[:3], 8: NAMES[2:], 10: NAMES[::2]}
+
+    class Named(OnSteps):
+        def judge(self, norm, seen):
+            verdict = super().judge(norm, seen)
+            names = subsets.get(int(self.count), ())
+            return verdict._replace(names=names if names is None else tuple(names)) if verdict.triggered else verdict
+
+    counter = CompileCounter()
+    compiled_model = torch.compile(model, fullgraph=True, backend=counter)
+    policies = GuardPolicy(max_trigger_rate=1), GuardPolicy(prepare="eager", max_trigger_rate=1)
+    guards = [
+        attach(one, detector=Named(*subsets), policy=policy)
+        for one, policy in zip((model, twin), policies, strict=True)
+    ]
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.05) for each in (model, twin)]
+    for step in range(12):
+        for run, guard, optimizer in zip((compiled_model, twin), guards, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(run, step).backward()
+            event = guard.step()
+            opened = [name for name, view in guard.views.items() if view.is_open]
+            assert opened == list(event.smoothed)
+            optimizer.step()
+    assert counter.frame_count == 2
+    assert [guard.triggers for guard in guards] == [7, 7]
+    assert same(snapshot(model), snapshot(twin))
+    assert [view.openings for view in guards[0].views.values()] == [4, 3, 5, 3]
+
+
+def test_views_that_stand_by_are_closed_for_everyone_but_the_compiler():
+    model = net()
+    guard = attach(model, detector=OnSteps(1, names=(NAMES[1],)), policy=GuardPolicy(prepare="eager"))
+    guard.step(1.0)
+    view, before = guard.views[NAMES[0]], snapshot(model)
+    assert (view.is_open, view.is_read) == (False, True)
+    assert model.blocks[0].up.weight is model.blocks[0].up._parameters["weight"]
+    assert guard.state_dict()["openings"] == {name: int(name == NAMES[1]) for name in NAMES}
+    with torch.no_grad(), guard.preview():
+        assert view.is_open
+    assert (view.is_open, view.is_read) == (False, True)
+    assert same(before, snapshot(model))
+    guard.discard()
+    assert not any(view.is_read for view in guard.views.values())

@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-import importlib.util
-from pathlib import Path
+"""The examples of plain loops run, and the training ones die without the guard and live with it."""
 
 import pytest
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are in the repository only")
-
-
-def main_of(name):
-    path = EXAMPLES / f"{name}.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 80
-    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+import torch
+from loops import one_thread
+from scripted import UNIGRAM, example
 
 
-def test_guard_training(capsys):
-    assert main_of("guard_training")() >= 1
-    assert "smoothing 2 weights" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("guard_training", {}),
+        pytest.param("guard_training", {"compiled": True}, marks=pytest.mark.slow),
+        pytest.param("amp_and_accumulation", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_it_dies_without_the_guard_and_lives_with_it(name, options):
+    torch._dynamo.reset()
+    with one_thread():
+        assert example(name)(guarded=False) > UNIGRAM - 0.1
+        assert example(name)(guarded=True, **options) < UNIGRAM - 0.3
+    torch._dynamo.reset()
+
+
+def test_amp_and_accumulation_begins_to_learn(capsys):
+    with one_thread():
+        assert example("amp_and_accumulation")(steps=3) < 6
+    assert "3 steps" in capsys.readouterr().out
 
 
 def test_register_one_view(capsys):
-    assert main_of("register_one_view")() >= 1
+    assert example("register_one_view")() >= 1
     assert "0.weight" in capsys.readouterr().out
 
 
 def test_export_weights():
-    assert main_of("export_weights")()
-
-
-def test_amp_and_accumulation(capsys):
-    assert main_of("amp_and_accumulation")(steps=4) < 6
-    assert "4 steps" in capsys.readouterr().out
+    assert example("export_weights")()

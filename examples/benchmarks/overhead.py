@@ -9,36 +9,47 @@ ratio of whole steps. Figures of a line (shares and ratios are of one plain step
     quiet_guard_seconds      inside guard.step(norm) when GradientNormRatio does not fire, caches as the step left them
     quiet_guard_share        the same, and reading closed views, as a share; goal 0.002
     quiet_step_ratio         whole guarded steps over plain ones; noise included
-    floor_share              StableRankFloor at its default period, per step; goal 0.01. More often at first and
-                             after a trigger, at most at every step: period times as much
+    look_seconds             one look of StableRankFloor at all weights
+    floor_share              StableRankFloor at its default period, per step; goal 0.01
     triggered_ratio_fresh    a step whose forward pass reads open gates on all weights, over a plain one: fresh weights
     triggered_ratio_trained  the same after some steps of training; goal 2.4 (published), aim 1.2
     triggered_ratio_collapsed  the same where four directions have taken over every weight (stable rank about 5), as
                              where a detector fires; directions that are few cost less to find in larger matrices
-    total_share_at_published_rate  quiet_guard_share + 0.0025 x (triggered_ratio_trained - 1); goal 0.002
+    triggered_decomposing    the part of triggered_ratio_trained - 1 that is linear algebra: finding the directions
+    total_share_observed     of a run of 2,500 steps under the default detector: quiet steps, looks (dense at first and
+                             after each trigger), and triggers of all weights at the rate of `run`; goal 0.002
+    total_share_published    the same at the published rate of triggers, 0.0025, all owed to the gradient norm, after
+                             which looks stay as they are
     seconds                  what this line took
 
-The smallest size takes about half a minute, the largest CPU size a few minutes, compiled ones a minute more for the
-compiler. Run it on a machine with nothing else to do:
+`run` is a training run of the smallest size with pss.attach's own detector at a sane rate. Nothing in it is
+extrapolated: the time inside guard.step and in reading open gates, over the rest of the run, which is short, so that
+the looks of its beginning weigh more than in a long one.
 
-    python examples/benchmarks/overhead.py [--sizes small,medium,large] [--modes eager,compiled] [--rounds 8]
+    python examples/benchmarks/overhead.py [--sizes small,medium,large] [--modes eager,compiled] [--run-steps 600]
+    python examples/benchmarks/overhead.py --report     # only writes the README's table from results/overhead.json
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
 import time
 import timeit
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from overhead_table import put
 from torch import Tensor, nn
 
 import pss_param as pss
 
-RESULTS = Path(__file__).parent / "results" / "overhead.json"
+HERE = Path(__file__).resolve().parent
+RESULTS, README = HERE / "results" / "overhead.json", HERE.parents[1] / "README.md"
+WHOLE_RUN, PUBLISHED_RATE = 2500, 0.0025
 
 
 @dataclass(frozen=True)
@@ -99,14 +110,14 @@ class GPT(nn.Module):
 class Bench:
     """One model, one optimizer, one batch after the other; steps that are timed."""
 
-    def __init__(self, size: Size, device: str, compiled: bool, seed: int = 0) -> None:
-        torch.manual_seed(seed)
+    def __init__(
+        self, size: Size, device: str, compiled: bool, detector: pss.Detector | None = None, rate: float = 3e-3
+    ) -> None:
+        torch.manual_seed(0)
         self.size, self.device = size, device
         self.model = GPT(size).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
-        self.guard = pss.attach(
-            self.model, detector=pss.GradientNormRatio(), policy=pss.GuardPolicy(max_trigger_rate=1)
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate)
+        self.guard = pss.attach(self.model, detector=detector, policy=pss.GuardPolicy(max_trigger_rate=1))
         self.run = torch.compile(self.model) if compiled else self.model
         self.calls = 0
 
@@ -145,18 +156,19 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def floor_seconds(self) -> float:
-        """Seconds that StableRankFloor takes a step, at its default period."""
+    def look_seconds(self, rounds: int) -> float:
+        """Seconds of one look of StableRankFloor, and of judging it; caches as a step leaves them."""
         floor = pss.StableRankFloor()
         floor.bind(self.guard._matrices)
         floor.look(self.guard._matrices)  # the first one measures what later ones are compared with
-        self.wait()
-        start = time.perf_counter()
-        floor.step = floor.seen = 1 << 20  # long after its dense looks at the start
-        for _ in range(floor.period):
-            looks = [look.tolist() for look in floor.look(self.guard._matrices)]
-            floor.judge(1.0, looks)
-        return (time.perf_counter() - start) / floor.period
+        taken = []
+        for _ in range(max(2, rounds)):  # from either side of the matrices in turn
+            self.timed(False)
+            floor.step += floor.period
+            start = time.perf_counter()
+            floor.judge(1.0, [look.tolist() for look in floor.look(self.guard._matrices)])
+            taken.append(time.perf_counter() - start)
+        return statistics.mean((statistics.median(taken[::2]), statistics.median(taken[1::2])))
 
     def read_seconds(self) -> float:
         """Seconds that closed views add to the reads of one forward pass."""
@@ -191,29 +203,100 @@ def collapse(bench: Bench) -> None:
         weights[name].add_((left * strengths @ right).to(bench.device), alpha=float(weights[name].norm()) / 1.5)
 
 
-def measure(name: str, device: str, mode: str, rounds: int) -> dict[str, object]:
+def looks_of_a_run(triggers: float) -> float:
+    """Looks of StableRankFloor in WHOLE_RUN steps: its first ones, its schedule, and again after each trigger."""
+    floor, schedule = pss.StableRankFloor(), []
+    for step in range(1, WHOLE_RUN + 1):
+        floor.step = step
+        if floor._is_time():
+            floor.seen = step
+            schedule.append(step)
+    dense = sum(step <= 10 * floor.period for step in schedule)
+    return len(schedule) + 2 * floor.settle_iterations + triggers * (dense - 10)
+
+
+@contextlib.contextmanager
+def timing_of(owner: type, *names: str) -> Iterator[dict[str, float]]:
+    """Seconds spent in methods of a class inside the block, by name."""
+    spent, originals = dict.fromkeys(names, 0.0), {name: getattr(owner, name) for name in names}
+
+    def timed(name: str) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            start = time.perf_counter()
+            try:
+                return originals[name](*args, **options)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return call
+
+    for name in names:
+        setattr(owner, name, timed(name))
+    try:
+        yield spent
+    finally:
+        for name in names:
+            setattr(owner, name, originals[name])
+
+
+def observe(name: str, device: str, steps: int, rate: float = 1e-3) -> dict[str, object]:
+    """A real run under the default detector: how often it triggers, and what the guard took of it."""
+    bench, inner, opened = Bench(SIZES[name], device, compiled=False, rate=rate), 0.0, 0
+    bench.backward()  # what is set up once
+    start = time.perf_counter()
+    with timing_of(pss.SmoothingView, "forward") as spent:
+        for step in range(steps):
+            for group in bench.optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 50)
+            norm = bench.backward()
+            bench.wait()
+            before = time.perf_counter()
+            opened += len(bench.guard.step(norm).smoothed)
+            bench.wait()
+            inner += time.perf_counter() - before
+            bench.optimizer.step()
+    own, whole = inner + spent["forward"], time.perf_counter() - start
+    triggers, weights = bench.guard.triggers, len(bench.guard.views)
+    return {
+        "size": name,
+        "learning_rate": rate,
+        "steps": steps,
+        "triggers": triggers,
+        "weights_opened": opened,
+        "rate": triggers / steps,
+        "rate_of_whole_openings": opened / weights / steps,
+        "guard_seconds": own,
+        "guard_share": own / (whole - own),
+    }
+
+
+def measure(name: str, device: str, mode: str, rounds: int, rate: float) -> dict[str, object]:
     """All figures of one size."""
     began = time.perf_counter()
-    bench = Bench(SIZES[name], device, mode == "compiled")
+    bench = Bench(SIZES[name], device, mode == "compiled", pss.GradientNormRatio())
     for _ in range(2):
         bench.timed(True)
-    fresh, _ = triggered_ratio(bench, max(2, rounds // 2))
-    plain, whole, inner, floor = [], [], [], []
+    fresh, step = triggered_ratio(bench, 2)
+    rounds = max(2, min(rounds, round(6 / step)))
+    plain, whole, inner = [], [], []
     for _ in range(rounds):
         plain.append(bench.timed(False)[0])
         seconds, inside = bench.timed(True)
         whole.append(seconds / plain[-1])
         inner.append(inside)
-        floor.append(bench.floor_seconds())
-    step = statistics.median(plain)
-    before = bench.guard.steps, bench.guard.triggers
-    for _ in range(3 * rounds):  # on to where weights look as they do when a detector fires
+    step, look = statistics.median(plain), bench.look_seconds(rounds)
+    for _ in range(rounds):  # on to where weights look as they do when a detector fires
         bench.timed(True)
-    trained, _ = triggered_ratio(bench, rounds)
+    with timing_of(pss.SmoothingView, "_decompose") as spent:
+        trained, _ = triggered_ratio(bench, rounds)
     collapse(bench)
-    collapsed, _ = triggered_ratio(bench, max(2, rounds // 2))
+    collapsed, _ = triggered_ratio(bench, 2)
     quiet = (statistics.median(inner) + bench.read_seconds()) / step
-    rate = (bench.guard.triggers - before[1]) / max(1, bench.guard.steps - before[0])
+
+    def total(rate: float, dense: bool) -> float:
+        looks = looks_of_a_run(dense * rate * WHOLE_RUN) / WHOLE_RUN
+        return quiet + looks * look / step + rate * (trained - 1)
+
     return {
         "size": name,
         "mode": mode,
@@ -223,15 +306,24 @@ def measure(name: str, device: str, mode: str, rounds: int) -> dict[str, object]
         "quiet_guard_seconds": statistics.median(inner),
         "quiet_guard_share": quiet,
         "quiet_step_ratio": statistics.median(whole),
-        "floor_share": statistics.median(floor) / step,
+        "look_seconds": look,
+        "floor_share": look / pss.StableRankFloor().period / step,
         "triggered_ratio_fresh": fresh,
         "triggered_ratio_trained": trained,
         "triggered_ratio_collapsed": collapsed,
+        "triggered_decomposing": spent["_decompose"] / (rounds + 1) / step,
         "trained_steps": bench.calls,
-        "trigger_rate_here": rate,
-        "total_share_at_published_rate": quiet + 0.0025 * (trained - 1),
+        "total_share_observed": total(rate, dense=True),
+        "total_share_published": total(PUBLISHED_RATE, dense=False),
         "seconds": time.perf_counter() - began,
     }
+
+
+def head_of(options: argparse.Namespace, device: str) -> dict[str, object]:
+    """What the figures depend on besides the code."""
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    versions = {"pss_param": pss.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return versions | {"device": processor, "seed": 0, "threads": torch.get_num_threads(), "rounds": options.rounds}
 
 
 def main() -> None:
@@ -241,22 +333,35 @@ def main() -> None:
     sizes = "gpt2" if device == "cuda" else "small,medium,large"
     parser.add_argument("--sizes", default=sizes, help=f"of {', '.join(SIZES)}, with commas between (%(default)s)")
     parser.add_argument("--modes", default="eager,compiled", help="of eager and compiled (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each kind (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each kind, at most (%(default)s)")
+    parser.add_argument("--run-steps", type=int, default=600, help="steps of the run under watch (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the file for the results (results/overhead.json)")
+    parser.add_argument("--add", action="store_true", help="keep the run and the other lines that the file has")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the README's table")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    head = {"pss_param": pss.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    head |= {"device": processor, "seed": 0, "threads": torch.get_num_threads(), "rounds": options.rounds}
-    print(json.dumps(head))
-    lines = []
+    if not options.report:
+        torch.set_num_threads(options.threads)
+        _measure_all(options, device)
+    if options.output == RESULTS:
+        put(README, json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def _measure_all(options: argparse.Namespace, device: str) -> None:
+    results = head_of(options, device)
+    if options.add:
+        old = json.loads(options.output.read_text(encoding="utf-8"))
+        run, lines = old["run"], {(line["size"], line["mode"]): line for line in old["lines"]}
+    else:
+        run, lines = observe(options.sizes.split(",")[0], device, options.run_steps), {}
+    print(json.dumps(results | {"run": run}), flush=True)
     for name in options.sizes.split(","):
         for mode in options.modes.split(","):
-            lines.append(measure(name, device, mode, options.rounds))
-            print(json.dumps(lines[-1]), flush=True)
+            lines[name, mode] = measure(name, device, mode, options.rounds, run["rate"])
+            print(json.dumps(lines[name, mode]), flush=True)
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps({**head, "lines": lines}, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(results | {"run": run, "lines": list(lines.values())}, indent=1)
+            options.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ TWO = ["ddp", "fsdp", "tp", "fsdp bf16"]
 FOUR = ["tp fsdp", "fsdp hybrid", "fsdp", "tp"]
 
 
-def trained(stack: str, attach_first: bool) -> dict:
-    run = start(stack, attach_first=attach_first)
+def trained(stack: str, attach_first: bool, device: str = "cpu") -> dict:
+    run = start(stack, attach_first=attach_first, device=device)
     events = run.go(0, STEPS)
     run.guard.fold()
     return {"events": [str(event) for event in events], "norms": [event.norm for event in events],
@@ -51,3 +51,10 @@ def test_two_ranks_train_like_one(two_ranks: Ranks, stack: str, attach_first: bo
 @pytest.mark.parametrize(("stack", "attach_first"), [*((stack, False) for stack in FOUR), ("tp fsdp", True)])
 def test_four_ranks_train_like_one(four_ranks: Ranks, stack: str, attach_first: bool) -> None:
     _check(four_ranks(trained, stack, attach_first), stack)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of two ranks")
+@pytest.mark.parametrize("stack", TWO)
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_two_ranks_train_like_one_through_nccl(two_ranks: Ranks, stack: str, attach_first: bool) -> None:
+    _check(two_ranks(trained, stack, attach_first, "cuda"), stack)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import math
 
 import pytest
@@ -87,6 +88,40 @@ def test_the_example_dies_without_the_guard_and_lives_with_it():
     main = example("train_with_lightning")
     assert main(guarded=False) > UNIGRAM - 0.15
     assert main(guarded=True) < UNIGRAM - 0.3
+
+
+@pytest.mark.slow
+def test_manual_optimization_dies_without_the_guard_and_lives_with_it():
+    module = inspect.getmodule(example("train_with_lightning"))
+
+    class ByHand(module.ByteTransformer):
+        """The example's network, optimized and clipped by hand."""
+
+        def __init__(self, callback):
+            super().__init__(lr=1e-2)
+            self.automatic_optimization, self.callback = False, callback
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            norm = nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            if self.callback is not None:
+                self.callback.step(norm)
+            optimizer.step()
+
+    last = {}
+    for callback in (None, PSSCallback()):
+        lightning.seed_everything(0, verbose=False)
+        model = ByHand(callback)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = lightning.Trainer(
+            max_steps=120, accelerator="cpu", logger=False, callbacks=[callback] if callback else [], **quiet
+        )
+        trainer.fit(model, module.batches())
+        last[callback is not None] = sum(model.losses[-20:]) / 20
+    assert last[False] > UNIGRAM - 0.15
+    assert last[True] < UNIGRAM - 0.3
 
 
 @pytest.mark.parametrize("make", [Plain, Manual], ids=["automatic", "manual"])

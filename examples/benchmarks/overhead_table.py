@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's table of what a guard costs, made from results/overhead.json and from nothing else."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
+_HEAD = (
+    "GPT, one thread",
+    "step",
+    "quiet step",
+    "`StableRankFloor`",
+    "triggered step (collapsed / trained / fresh weights)",
+    "whole run, observed rate",
+    "at the published rate",
+)
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """What stands between the marks.
+
+    Args:
+        results: what `overhead.py` wrote.
+
+    Returns:
+        Markdown.
+    """
+    rows = [_HEAD, ["---"] * len(_HEAD), *(_row(line) for line in results["lines"])]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{table}\n\n{_observed(results['run'])}\n"
+
+
+def _row(line: Mapping[str, Any]) -> list[str]:
+    ratios = (line[f"triggered_ratio_{weights}"] for weights in ("collapsed", "trained", "fresh"))
+    return [
+        f"width {line['width']}, {line['layers']} layers, {line['weights']} weights, {line['mode']}",
+        f"{1000 * line['step_seconds']:.0f} ms",
+        _percent(line["quiet_guard_share"]),
+        _percent(line["floor_share"]),
+        " / ".join(f"{ratio:.2f}" for ratio in ratios) + " steps",
+        _percent(line["total_share_observed"]),
+        _percent(line["total_share_published"]),
+    ]
+
+
+def _observed(run: Mapping[str, Any]) -> str:
+    return (
+        f"Observed: {run['triggers']} triggers in {run['steps']} steps of the first one at a learning rate of "
+        f"{run['learning_rate']:g} under the default detector; the guard took {_percent(run['guard_share'])} of them, "
+        "the dense looks of its first 250 steps included."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def put(readme: Path, results: Mapping[str, Any]) -> None:
+    """Write the figures between the README's two marks.
+
+    Args:
+        readme: the file.
+        results: what `overhead.py` wrote.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{section(results)}{END}{after}", encoding="utf-8")
