@@ -28,7 +28,8 @@ def train(stack: str, guarded: bool) -> dict:
                 block.compile(backend="inductor")
         return wrap(model, words)
 
-    loss, guard, model = on_ranks(guarded, data_ranks(words), spread)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # instead of going on without a compiler
+        loss, guard, model = on_ranks(guarded, data_ranks(words), spread)
     triggers = 0 if guard is None else guard.triggers
     if guard is not None:
         guard.fold()

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from pss_param.attaching import attach
 from pss_param.floor import StableRankFloor
 from pss_param.guard import detach
+from pss_param.policy import GuardPolicy
 
 
 def until_open(stack: str) -> tuple:
@@ -151,6 +152,27 @@ def test_the_stable_rank_floor_sees_through_shards(two_ranks: Ranks, stack: str)
         torch.testing.assert_close(outcome["baseline"], alone.detector.baseline, rtol=1e-4, atol=0)
         assert outcome["smoothed"] == by_rank[0]["smoothed"]
         assert (NAMES[1],) in outcome["smoothed"]
+
+
+def moments_after_a_fold(stack: str) -> dict:
+    run = start(stack, policy=GuardPolicy(reset_moments=True, max_trigger_rate=1))
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.01)
+    opened = False
+    for step in range(6):
+        run.optimizer.zero_grad()
+        loss_of(run.model, step, *run.shares).backward()
+        if opened:
+            break
+        opened = run.guard.step(optimizer=run.optimizer).triggered
+        run.optimizer.step()
+    run.guard.step(optimizer=run.optimizer)
+    names = {name.removeprefix("module."): weight for name, weight in run.model.named_parameters()}
+    return {"opened": opened, "cleared": sorted(name for name, p in names.items() if p not in run.optimizer.state)}
+
+
+@pytest.mark.parametrize("stack", ["ddp", "fsdp", "tp"])
+def test_moments_of_smoothed_shards_are_reset(two_ranks: Ranks, stack: str) -> None:
+    assert two_ranks(moments_after_a_fold, stack) == [{"opened": True, "cleared": sorted(NAMES)}] * 2
 
 
 def folded_after_evaluation() -> dict:
