@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,31 @@ def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
 
 def power(r: int, exponent: float) -> Tensor:
     return torch.arange(1, r + 1, dtype=torch.float64) ** -exponent
+
+
+@lru_cache(maxsize=1)
+def trained() -> dict[str, Tensor]:
+    """Weights of a small network that learned something, at a sane and at a large learning rate."""
+    weights = {}
+    for name, rate in (("trained", 0.1), ("trained hard", 1.0)):
+        g = torch.Generator().manual_seed(11)
+        X = torch.randn(64, 40, generator=g, dtype=torch.float64)
+        Y = torch.sin(X @ torch.randn(40, 5, generator=g, dtype=torch.float64))
+        layers = [
+            torch.randn(m, n, generator=g, dtype=torch.float64) / n**0.5 for m, n in ((170, 40), (150, 170), (5, 150))
+        ]
+        for layer in layers:
+            layer.requires_grad_()
+        for _ in range(40):
+            out = X
+            for layer in layers[:-1]:
+                out = torch.tanh(out @ layer.T)
+            grads = torch.autograd.grad((out @ layers[-1].T - Y).square().mean(), layers)
+            with torch.no_grad():
+                for layer, grad in zip(layers, grads, strict=True):
+                    layer -= rate * grad
+        weights[name] = layers[1].detach()
+    return weights
 
 
 def corpus() -> dict[str, Tensor]:
@@ -49,6 +76,7 @@ def corpus() -> dict[str, Tensor]:
         "2 x 2": gaussian(2, 2),
         "huge": 1e30 * with_spectrum(200, 240, power(200, 1.0)),
         "tiny": 1e-30 * with_spectrum(200, 240, power(200, 1.0)),
+        **trained(),
         "graded": with_spectrum(200, 200, 10.0 ** (-j / 8)),
     }
 
