@@ -101,8 +101,10 @@ def repair_checkpoint(
     options, start = options or RepairOptions(), time.perf_counter()
     destination = default_output(path) if output is None else Path(output)
     with open_checkpoint(path) as layout:
+        auto = options.optimizer == "auto"
+        optimizers = OptimizerEditor(layout, "keep" if auto else options.optimizer, options.param_order)
         options, reason = settle(layout, options)
-        optimizers, kept = OptimizerEditor.settled(layout, options.optimizer, options.deep, options.param_order)
+        optimizers, kept = optimizers.anew() if auto and options.deep else (optimizers, "")
         options, reason = replace(options, optimizer=optimizers.mode), "; ".join(filter(None, (reason, kept)))
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)

@@ -102,7 +102,7 @@ def test_a_trainers_dictionary_is_found_and_its_names_are_kept(tmp_path, key, be
         "args": argparse.Namespace(lr=1e-3),
     }
     torch.save(content, path)
-    report, output = repaired(path)
+    report, output = repaired(path, options=RepairOptions(optimizer="keep"))
     assert before + UP in report.changed
     after = torch.load(output, weights_only=False)
     assert list(after[key]) == list(content[key])

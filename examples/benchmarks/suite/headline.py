@@ -34,9 +34,10 @@ def live(records: Records) -> str:
         Markdown.
     """
     rows = []
+    everywhere = set(records.values("task", question="range"))
     for method in HEADLINE:
         names = records.values("task", question="range", method=method)
-        if names:
+        if set(names) == everywhere:  # a mean over some networks only would be compared with one over all
             prices = [value for task in names for value in sensitivity(records, task, method).values]
             seeds = len(records.values("seed", question="range", method=method))
             counts = [str(len(names)), str(seeds)]
