@@ -140,6 +140,9 @@ def _image(W: Tensor | ShardedMatrix, start: Tensor) -> Tensor:
     # After a training step every call that does nothing costs as much as a product of a small matrix.
     if start.dtype != dtype or start.device != device:
         start = start.to(device, dtype)
+    if torch.is_autocast_enabled(device.type):  # a step may be taken inside of it; the product would be bfloat16's
+        with torch.autocast(device.type, enabled=False):
+            return _image(W, start)
     image: Tensor = W @ start
     return image if dtype in _WIDE else image.to(torch.float32)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training run of the tiny GPT at a rate that kills it, in every kind of loop, with and without a guard.
 
-The rate is 1e-2, 7e-3 where gradients are accumulated. In the plain and in the clipped loop, over seeds 0 to 2, unguarded
-runs ended above 3.19 nats (single characters give 3.2), and guarded ones below 2.93; the other loops were run on seed 0.
+The rate is 1e-2, 7e-3 where gradients are accumulated. In the plain and in the clipped loop, over seeds 0 to 2,
+unguarded runs ended above 3.19 nats (single characters give 3.2), and guarded ones below 2.93; the other loops were run
+on seed 0.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from spectra import corpus, exact_bulk_level, exact_clip, gaussian, power, with_spectrum
 
 from pss_param.errors import ArgumentError, NonFiniteError
-from pss_param.estimate import stable_rank_estimate
+from pss_param.estimate import stable_rank_estimate, stable_rank_estimates
 from pss_param.spectrum import (
     STABLE_RANK_SLACK,
     dominant_directions,
@@ -252,3 +252,14 @@ def test_an_estimate_recovers_from_a_weight_that_was_no_weight(bad):
     for step in range(40):
         estimate, x = stable_rank_estimate(W.mT if step % 2 == 0 else W, x)
     assert float(estimate) == pytest.approx(float(stable_rank(W)), rel=1e-3)
+
+
+def test_a_look_inside_of_autocast_has_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(24, n, generator=generator) for n in (24, 32)]
+    starts = [torch.ones(matrix.shape[1], 1) for matrix in matrices]
+    plain = stable_rank_estimates(matrices, starts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = stable_rank_estimates(matrices, starts)
+    assert torch.equal(plain.stable_ranks, inside.stable_ranks)
+    assert inside.vectors[0].dtype == torch.float32

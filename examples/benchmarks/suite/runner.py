@@ -39,6 +39,12 @@ def measure(spec: Spec) -> dict[str, object]:
     return outcome(task, *train(task, METHODS[spec.method](), spec.seed, task.steps, spec.multiple))
 
 
+def settle_worker() -> None:
+    """Set up a process: one thread, and triggers are counted, not told."""
+    torch.set_num_threads(1)
+    logging.getLogger("pss_param").setLevel(logging.ERROR)
+
+
 def measure_all(specs: list[Spec]) -> list[Result]:
     """Several runs in one process.
 
@@ -48,8 +54,6 @@ def measure_all(specs: list[Spec]) -> list[Result]:
     Returns:
         Their results; no more than the first where that shows the checkpoint to be alive.
     """
-    torch.set_num_threads(1)
-    logging.getLogger("pss_param").setLevel(logging.ERROR)  # triggers are counted, not told
     results: list[Result] = []
     for spec in specs:
         results.append((spec, measure(spec)))
@@ -95,7 +99,8 @@ def run(specs: list[Spec], store: Store, workers: int, console: Console) -> None
         TimeRemainingColumn(),
     )
     spawn = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=console) as bar, ProcessPoolExecutor(workers, spawn) as pool:
+    pool = ProcessPoolExecutor(workers, spawn, settle_worker)
+    with Progress(*columns, console=console) as bar, pool:
         line, waiting = bar.add_task("runs", total=len(missing)), jobs(missing)
         pending: set[Future[list[Result]]] = set()
         try:
