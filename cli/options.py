@@ -24,6 +24,8 @@ force = click.option("--force", is_flag=True, help="Replace an existing output."
 
 def _set_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
     if value is not None:
+        before = torch.get_num_threads()
+        ctx.call_on_close(lambda: torch.set_num_threads(before))  # a caller of `run` gets its own setting back
         torch.set_num_threads(value)
 
 

@@ -18,6 +18,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """Sums of another number of threads come in another order: a leak would change the bits of later tests."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before, "the test left another number of threads behind"
+
+
 @pytest.fixture(scope="module", params=[256, 128], ids=["", "iterated"])
 def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
     """The whole spectrum for small matrices, as users get it; then the iteration for all that it could serve."""
