@@ -48,7 +48,7 @@ class StableRankFloor(Detector):
     Args:
         fraction: The floor as a fraction of the baseline, in (0, 1), dimensionless.
         period: The most steps between two measurements, at least 1. They are denser at first and after a trigger: one
-            every ``clamp(steps since / 10, 1, period)`` steps.
+            every ``clamp(steps since / 5, 1, period)`` steps.
         decay: Of the baseline, per step, in (0, 1]. It starts as the stable rank at the first step and follows what is
             measured above the floor; 1 leaves it there for ever.
         seed: Seed of the start vectors.
@@ -70,7 +70,8 @@ class StableRankFloor(Detector):
     """
 
     parts = 1
-    settle_iterations = 12
+    settle_iterations = 6
+    denser = 5
 
     def __init__(self, fraction: float = 0.65, period: int = 25, decay: float = 0.99, seed: int = 0) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class StableRankFloor(Detector):
         return Verdict(True, low, reason=f"{reason} (lowest {lowest[worst]:.2f} x in {worst})")
 
     def _is_time(self) -> bool:
-        return self.step - self.seen >= max(1, min(self.period, (self.step - self.fired) // 10))
+        return self.step - self.seen >= max(1, min(self.period, (self.step - self.fired) // self.denser))
 
     def _follow(self, ranks: Tensor, elapsed: int) -> None:
         # A collapsed weight does not teach: its baseline stays, however often it is smoothed and collapses again.

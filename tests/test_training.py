@@ -78,13 +78,6 @@ def test_scaler_accumulation_bf16_and_recomputation_work_together():
     assert all(view.openings == 1 for view in guard.views.values())
 
 
-@pytest.mark.slow
-def test_scaler_accumulation_bf16_and_recomputation_live_too():
-    model, guard, optimizer = start(recompute=True, detector=GradientNormRatio())
-    assert tiny_gpt.mean_of_last(scaled_bf16_accumulating_loop(model, guard, optimizer)) < ALIVE
-    assert 1 <= guard.triggers <= 5
-
-
 def test_recomputation_changes_no_bit_of_a_guarded_run():
     runs = []
     for recompute in (False, True):

@@ -211,8 +211,9 @@ def looks_of_a_run(triggers: float) -> float:
         if floor._is_time():
             floor.seen = step
             schedule.append(step)
-    dense = sum(step <= 10 * floor.period for step in schedule)
-    return len(schedule) + 2 * floor.settle_iterations + triggers * (dense - 10)
+    sparse_from = floor.denser * floor.period
+    dense = sum(step <= sparse_from for step in schedule)
+    return len(schedule) + 2 * floor.settle_iterations + triggers * (dense - floor.denser)
 
 
 @contextlib.contextmanager
