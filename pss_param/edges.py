@@ -17,7 +17,7 @@ from pss_param.spectrum import dominant_directions, spectral_norm
 
 EdgeFunction = Callable[[Tensor], Tensor]
 
-EDGES = ("dominant", "bulk", "init", "reference")
+EDGES = ("dominant", "mild", "bulk", "init", "reference")
 """The names. ``reference`` is the spectral norm of the same weight in a healthy checkpoint: :func:`spectral_norm`."""
 
 
@@ -41,6 +41,32 @@ def dominant(W: Tensor, rank: int | None = None) -> Tensor:
         Parametric Singularity Smoothing, arXiv 2602.01308.
     """
     return dominant_directions(W, rank).edge
+
+
+def mild(W: Tensor, std: float | None = None) -> Tensor:
+    r"""The published edge, where it is above the spectral norm of a fresh matrix; that norm elsewhere.
+
+    .. math:: c = \max\bigl(S_k, (\sqrt m + \sqrt n)\,\mathrm{std}\bigr), \qquad k = \lfloor \mathrm{SR}(W) \rfloor
+
+    A healthy matrix has a large stable rank, so the published edge lies deep in its bulk: a quarter of the values of a
+    square one lie above. This edge takes nothing from it, and a trigger that was none does no harm.
+
+    Args:
+        W: matrices ``(..., m, n)``, any floating dtype.
+        std: standard deviation of a fresh entry; ``None`` means PyTorch's ``Linear``, ``1 / sqrt(3 n)``.
+
+    Returns:
+        Levels ``(...)``, in the units of ``W``.
+
+    Example:
+        >>> W = torch.diag(torch.tensor([9.0, 2.0, 1.0]))
+        >>> round(float(mild(W, std=0.1)), 4), round(float(mild(W, std=1.0)), 4)
+        (2.0, 3.4641)
+
+    References:
+        Ours; the two levels are those of :func:`dominant` and :func:`init`.
+    """
+    return torch.maximum(dominant(W), init(W, std))
 
 
 def bulk(W: Tensor) -> Tensor:

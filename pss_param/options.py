@@ -54,10 +54,10 @@ class RepairOptions:
     Args:
         smoothing: shape by which dominant singular values come down, a name or a callable ``f(S, edge) -> S``; None
             for ``"clip"``, or ``"equal"`` in a deep repair to the edge ``"init"``.
-        edge: the level they come down to: ``"bulk"``, ``"dominant"``, ``"init"`` or ``"reference"``; None for
-            ``"bulk"``, or ``"init"`` in a deep repair.
+        edge: the level they come down to: ``"bulk"``, ``"dominant"``, ``"mild"``, ``"init"`` or ``"reference"``; None
+            for ``"bulk"``, or ``"init"`` in a deep repair.
         rank: number of directions to smooth; None lets the edge decide.
-        init_std: standard deviation of a fresh weight, for ``edge="init"``; None asks the model's config,
+        init_std: standard deviation of a fresh weight, for the edges "init" and "mild"; None asks the model's config,
             then takes PyTorch's rule ``1 / sqrt(3 * fan_in)``. ``strength="auto"`` judges growth by it.
         tol: residual of the dominant directions at which the computation may stop, relative to the spectral
         norm.

@@ -11,6 +11,8 @@ Edges (:data:`EDGES`); the formulas other than ``dominant`` are ours:
 
 ``dominant``
     ``S[k]`` with ``k = floor(SR(W))``, or the ``rank`` given: the published choice.
+``mild``
+    the higher of ``dominant`` and ``init``, so that what is as large as in a fresh matrix is left alone.
 ``bulk``
     the Marchenko-Pastur edge of the matrix's own bulk: the largest fixed point of
     ``c = (sqrt(m) + sqrt(n)) * rms(S clipped at c)``, ``rms = ||.||_F / sqrt(m n)``.
@@ -26,7 +28,7 @@ there is no level to come down to, only annihilation; such a matrix is left as i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,8 +52,8 @@ class Smoothing:
             values ``(k,)``.
         edge: a name of :data:`EDGES`, or a callable from matrices ``(..., m, n)`` to levels ``(...)``.
         rank: fixes ``k`` of the ``dominant`` edge; ``None`` means ``floor(SR)``.
-        init_std: standard deviation of a fresh weight for ``init``; ``None`` means PyTorch's ``Linear``, ``1 /
-            sqrt(3 n)``.
+        init_std: standard deviation of a fresh weight for ``init`` and ``mild``; ``None`` means PyTorch's ``Linear``,
+            ``1 / sqrt(3 n)``.
         reference: spectral norm of the healthy weight, needed by ``reference``.
         tol: error of the smoothed matrix that is good enough, over ``||W||_F``.
 
@@ -160,8 +162,8 @@ def smooth(
     .. math:: W^* = W - U_k \, \mathrm{diag}(S_k - f(S_k)) \, V_k^H
 
     Scale-equivariant for the edges ``dominant`` and ``bulk``. Never raises ``S[0]``; keeps order; values below the
-    edge stay. ``clip`` at ``bulk``, ``init`` and ``reference`` is idempotent; at ``dominant`` it is not, since a
-    clipped matrix has a larger stable rank and so a larger dominant set.
+    edge stay. ``clip`` at ``bulk``, ``init`` and ``reference`` is idempotent; at ``dominant`` and ``mild`` it is not,
+    since a clipped matrix has a larger stable rank and so a larger dominant set.
 
     Args:
         W: matrices ``(..., m, n)``, any floating dtype.
@@ -205,14 +207,16 @@ def _dominant_set(
     W: Tensor, smoothing: Smoothing, generator: torch.Generator | None, init: Tensor | None
 ) -> tuple[DominantDirections, Tensor]:
     """The dominant triplets and the level that they come down to."""
-    if smoothing.edge == "dominant":
+    if smoothing.edge in {"dominant", "mild"}:
         rank = smoothing.rank
         if smoothing.shape == "second":
             rank = 1
         if rank is not None and W.dim() >= 2:
             rank = min(rank, min(W.shape[-2:]) - 1)  # one value must be left to be the edge
         found = dominant_directions(W, rank, tol=smoothing.tol, generator=generator, init=init)
-        return found, found.edge
+        if smoothing.edge == "dominant":
+            return found, found.edge
+        return _above(found, found.edge.clamp_min(init_level(*W.shape[-2:], smoothing.init_std)))
     if smoothing.edge == "bulk":
         found = dominant_directions(W, above="bulk", tol=smoothing.tol, generator=generator, init=init)
         return found, found.bulk_edge
@@ -221,6 +225,16 @@ def _dominant_set(
     level = smoothing.edge(W) if callable(smoothing.edge) else smoothing.level(*W.shape[-2:])
     found = dominant_directions(W, above=level, tol=smoothing.tol, generator=generator, init=init)
     return found, torch.as_tensor(level, dtype=found.edge.dtype, device=found.edge.device).expand_as(found.edge)
+
+
+def _above(found: DominantDirections, level: Tensor) -> tuple[DominantDirections, Tensor]:
+    """Only those of the triplets that are above a level which is nowhere below the edge."""
+    k = torch.minimum(found.k, (found.S > level[..., None]).sum(-1))
+    r = int(k.max()) if k.numel() else 0
+    taken = torch.arange(r, device=k.device) < k[..., None]
+    U, S, Vh = found.U[..., :r], found.S[..., :r], found.Vh[..., :r, :]
+    kept = {"U": U * taken[..., None, :], "S": S * taken, "Vh": Vh * taken[..., None], "k": k}
+    return replace(found, **kept, residual=found.residual[..., :r] * taken), level
 
 
 def _falls(found: DominantDirections, level: Tensor, shape: ShapeFunction) -> Tensor:

@@ -325,13 +325,18 @@ def frobenius_norm(W: Tensor) -> Tensor:
     Raises:
         NonFiniteError: ``W`` holds NaN or infinity.
     """
-    total: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=2).double(), dim=1)
+    total = _by_rows(W)
     tiny = 1e3 * math.sqrt(torch.finfo(W.dtype).tiny)
     if bool((torch.isfinite(total) & (total > tiny * W.shape[2])).all()):
         return total
     peak = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2), keepdim=True)
     if not bool(torch.isfinite(peak).all()):
         raise NonFiniteError(_NOT_FINITE)
-    safe = torch.where(peak > 0, peak, torch.ones_like(peak))
-    relative = torch.linalg.vector_norm((W / safe).double(), dim=(1, 2))
-    return torch.mul(relative, peak[:, 0, 0].double())
+    # By powers of two, so that the norm is the same but for its scale.
+    exponent = torch.frexp(peak.double()).exponent.clamp(-1022, 1022)
+    return torch.ldexp(_by_rows(torch.ldexp(W.double(), -exponent).to(W.dtype)), exponent[:, 0, 0])
+
+
+def _by_rows(W: Tensor) -> Tensor:
+    total: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=2).double(), dim=1)
+    return total

@@ -167,7 +167,7 @@ class Surgeon:
         std = rule.init_std or target.init_std
         if target.name in self.kernels:
             return Smoothing("clip", lambda W: KERNEL_LEVEL * init(W, std), tol=rule.tol)
-        return replace(rule, init_std=std) if rule.edge == "init" else rule
+        return replace(rule, init_std=std) if rule.edge in {"init", "mild"} else rule
 
 
 def _describe(label: str, old: Tensor, new: Tensor, fix: Correction) -> MatrixReport:

@@ -38,7 +38,10 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
     if request.rank == n and m < 2 * n:  # the least value of a nearly square matrix is lost in the square
         return _whole_by_svd(W / scale.to(W.dtype), request)
     if not _SQUARABLE[0] < float(scale) < _SQUARABLE[1]:
-        W, scale = W / scale.to(W.dtype), torch.ones_like(scale)
+        reach = -round(math.log2(torch.finfo(W.dtype).tiny))
+        # By a power of two, so that the result is the same but for its scale.
+        shrink = 2.0 ** max(-reach, min(reach, -math.frexp(float(scale))[1]))
+        W, scale = W * shrink, scale * shrink
     gram = _gram(W, scale)
     if request.rank != 0 and request.level is None and not request.bulk and n >= _FILTER_FROM:
         found = _by_filter(W, gram, scale, request, seed, start)

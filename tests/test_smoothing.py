@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import corpus, exact_bulk_level, exact_clip, gaussian, power, with_spectrum
 
-from pss_param.edges import EDGES, bulk, dominant, init, reference
+from pss_param.edges import EDGES, bulk, dominant, init, init_level, mild, reference
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.shapes import SHAPES
 from pss_param.smoothing import Smoothing, correction, smooth
@@ -24,7 +24,7 @@ def options(shape: str, edge: str, W: torch.Tensor) -> Smoothing:
     return Smoothing(
         shape,
         edge,
-        init_std=0.4 * top / (m**0.5 + n**0.5) if edge == "init" else None,
+        init_std=0.4 * top / (m**0.5 + n**0.5) if edge in {"init", "mild"} else None,
         reference=0.4 * top if edge == "reference" else None,
         tol=1e-5,
     )
@@ -130,6 +130,23 @@ def test_clip_agrees_with_its_slow_twin(name, edge):
     assert error <= 1.01e-3 * W.double().norm()
 
 
+@pytest.mark.parametrize("std", [1e-4, 3e-2, 1e2], ids=["below", "among", "above"])
+def test_mild_is_dominant_down_to_a_fresh_spectral_norm(std):
+    W = torch.stack([with_spectrum(90, 60, power(60, p), seed=int(10 * p)) for p in (0.3, 1.0)]).float()
+    c = correction(W, Smoothing(edge="mild", init_std=std, tol=1e-5))
+    for i, one in enumerate(W.double()):
+        S = torch.linalg.svdvals(one)
+        level = max(float(S[int(S.square().sum() / S[0] ** 2)]), init_level(90, 60, std))
+        assert float(c.edge[i]) == pytest.approx(level, rel=1e-4)
+        assert int(c.k[i]) == int((S > level * (1 + 1e-4)).sum())
+        torch.testing.assert_close(c.apply(W)[i].double(), exact_clip(one, level=level), rtol=0, atol=1e-4)
+
+
+def test_mild_leaves_a_fresh_matrix_its_bits():
+    W = torch.nn.init.normal_(torch.empty(300, 200), std=0.02, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(correction(W, Smoothing(edge="mild", init_std=0.0203)).apply(W), W)
+
+
 def test_no_dominant_value_means_the_same_bits():
     W = gaussian(64, 48).float()
     c = correction(W, Smoothing(edge="bulk"))
@@ -177,10 +194,10 @@ def test_a_callable_is_an_edge_of_the_users_own():
     assert float(torch.linalg.matrix_norm(smooth(W, "clip", reference(good)), 2)) == pytest.approx(0.3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dominant", "bulk", "init"])
-def test_edge_functions_are_the_named_edges(name):
+@pytest.mark.parametrize("edge", [dominant, mild, bulk, init])
+def test_edge_functions_are_the_named_edges(edge):
     W = torch.stack([with_spectrum(60, 80, power(60, p)) for p in (0.4, 0.8)])
-    named, called = smooth(W, "clip", name), smooth(W, "clip", {"dominant": dominant, "bulk": bulk, "init": init}[name])
+    named, called = smooth(W, "clip", edge.__name__), smooth(W, "clip", edge)
     torch.testing.assert_close(called, named, rtol=0, atol=1e-3)
 
 

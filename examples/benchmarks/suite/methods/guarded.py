@@ -102,6 +102,7 @@ FORMS: dict[str, Callable[[], Guarded]] = {
     "pss-convolution": _changed(smoothing="convolution"),
     # Other edges; `init` takes the standard deviation that each target's initialiser draws with.
     "pss-bulk": _changed(edge="bulk"),
+    "pss-mild": _changed(edge="mild"),
     "pss-init": _changed(edge="init"),
     # Simpler rules: S[0] := S[1]; k fixed at 4; all singular values equal (MSign on demand); noise of the same size.
     "pss-second": _changed(smoothing="second"),
@@ -109,8 +110,8 @@ FORMS: dict[str, Callable[[], Guarded]] = {
     "pss-equal": _changed(smoothing="equal"),
     "pss-noise": _changed(smoothing="noise"),
     # Other detectors: the weights' stable rank alone, and together with the gradient norm.
-    "pss-floor": _fired_by(lambda: pss.StableRankFloor(period=5)),
-    "pss-both": _fired_by(lambda: pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(period=5))),
+    "pss-floor": _fired_by(pss.StableRankFloor),
+    "pss-both": _fired_by(lambda: pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor())),
     # The most that smoothing can do: every weight clipped at a fresh one's spectral norm after every step.
     "pss-always-init": lambda: _published(lambda: Periodic(1), edge="init"),
     # No detector at all: every step, every 20 steps, 1 % of the steps.
