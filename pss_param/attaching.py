@@ -42,7 +42,7 @@ def attach(
             ``fully_shard`` or ``parallelize_module``.
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
-        edge: The level to which dominant values are brought; None for ``"mild"`` or what ``smoothing`` says.
+        edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
             where gradients only shrink, and one that sees weights collapse.
         policy: None for :class:`GuardPolicy` with its defaults.
@@ -146,7 +146,7 @@ def _smoothing_of(smoothing: object, edge: str | None) -> Smoothing:
         if edge is not None:
             raise ArgumentError("edge is part of Smoothing; pass attach(smoothing=Smoothing(edge=...)) alone")
         return smoothing
-    edge = "mild" if edge is None else edge
+    edge = "dominant" if edge is None else edge
     return Smoothing(shape=smoothing, edge=edge, tol=_LIVE_TOLERANCE)  # type: ignore[arg-type]
 
 

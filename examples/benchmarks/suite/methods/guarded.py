@@ -94,6 +94,8 @@ def _fired_by(detector: Callable[[], pss.Detector]) -> Callable[[], Guarded]:
 FORMS: dict[str, Callable[[], Guarded]] = {
     # As a user types it, and as published: GradientNormRatio(2.5), clip, dominant edge, every block matrix.
     "pss-default": Guarded,
+    # The same where what a fresh matrix has is left alone: what false alarms cost, and what they are good for.
+    "pss-mild": lambda: Guarded(edge="mild"),
     "pss-published": _published,
     # Other shapes at the same edge.
     "pss-softplus": _changed(smoothing="softplus"),
@@ -102,16 +104,14 @@ FORMS: dict[str, Callable[[], Guarded]] = {
     "pss-convolution": _changed(smoothing="convolution"),
     # Other edges; `init` takes the standard deviation that each target's initialiser draws with.
     "pss-bulk": _changed(edge="bulk"),
-    "pss-mild": _changed(edge="mild"),
     "pss-init": _changed(edge="init"),
     # Simpler rules: S[0] := S[1]; k fixed at 4; all singular values equal (MSign on demand); noise of the same size.
     "pss-second": _changed(smoothing="second"),
     "pss-rank-4": lambda: Guarded(smoothing=pss.Smoothing(rank=4, tol=_TOLERANCE), detector=pss.GradientNormRatio()),
     "pss-equal": _changed(smoothing="equal"),
     "pss-noise": _changed(smoothing="noise"),
-    # Other detectors: the weights' stable rank alone, and together with the gradient norm.
+    # Other detectors: the weights' stable rank alone.
     "pss-floor": _fired_by(pss.StableRankFloor),
-    "pss-both": _fired_by(lambda: pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor())),
     # The most that smoothing can do: every weight clipped at a fresh one's spectral norm after every step.
     "pss-always-init": lambda: _published(lambda: Periodic(1), edge="init"),
     # No detector at all: every step, every 20 steps, 1 % of the steps.
