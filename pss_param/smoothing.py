@@ -216,7 +216,8 @@ def _dominant_set(
         found = dominant_directions(W, rank, tol=smoothing.tol, generator=generator, init=init)
         if smoothing.edge == "dominant":
             return found, found.edge
-        return _above(found, found.edge.clamp_min(init_level(*W.shape[-2:], smoothing.init_std)))
+        m, n = W.shape[-2:]
+        return _above(found, found.edge.clamp_min(init_level(m, n, smoothing.init_std)))
     if smoothing.edge == "bulk":
         found = dominant_directions(W, above="bulk", tol=smoothing.tol, generator=generator, init=init)
         return found, found.bulk_edge

@@ -19,7 +19,7 @@ from pss_param.detector import Detector, Verdict
 
 UNIGRAM = 3.2
 """About the entropy of single characters of the text, in nats: the loss of a dead run."""
-RATE = 7e-3
+RATE = 1e-2
 """A learning rate of AdamW at which the default size dies."""
 
 
