@@ -280,7 +280,7 @@ class AnyOf(Detector):
         self.parts = sum(detector.parts for detector in detectors)
 
     def _detectors(self) -> list[Detector]:
-        return [member for member in self.members if isinstance(member, Detector)]
+        return list(self.members)  # type: ignore[arg-type]
 
     def bind(self, weights: WeightSource) -> None:
         r"""Bind every member.
@@ -321,13 +321,15 @@ class AnyOf(Detector):
 
 def _union(verdicts: Sequence[Verdict]) -> Verdict:
     fired = [verdict for verdict in verdicts if verdict.triggered]
-    ratio = next((verdict.ratio for verdict in verdicts if not math.isnan(verdict.ratio)), math.nan)
+    ratio = next((verdict.ratio for verdict in verdicts if verdict.ratio == verdict.ratio), math.nan)  # not NaN
+    if not fired:
+        return Verdict(ratio=ratio, limit=min([verdict.limit for verdict in verdicts]))
     if any(verdict.names is None for verdict in fired):
         names = None
     else:
         names = tuple(dict.fromkeys(name for verdict in fired for name in verdict.names or ()))
     reason = "; ".join(verdict.reason for verdict in fired)
-    return Verdict(bool(fired), names, ratio, reason, min(verdict.limit for verdict in verdicts))
+    return Verdict(True, names, ratio, reason, min(verdict.limit for verdict in verdicts))
 
 
 def _require(holds: bool, rule: str) -> None:
