@@ -47,9 +47,6 @@ from pss_param.krylov import Krylov, Matrix, Ritz
 from pss_param.products import FULL_WIDTH
 from pss_param.whole import dense
 
-_TILE = 8
-"""Columns of the narrowest block: enough for a collapsed matrix, and fewer cost a pass as much."""
-
 # An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
 # the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
 # lies inside of a bulk, as in fresh and trained weights (measured with one thread at 256 x 256: 4.4 ms against 9 to 17
@@ -62,16 +59,14 @@ _WHOLE_BELOW = 256
 # and saved a half only for slowly falling values (S ~ j^-0.3 at 1024 x 1024).
 _WIDEST = 4
 
-# From here on an eigenvalue problem of the core costs as much as a pass, and is put off until it may show convergence.
-_CORE_THAT_COSTS = 96
-
-# Up to this many elements of W times columns of the block a pass costs less than the look at what it brought.
-_PASS_THAT_COSTS = 1 << 24
-
 # Note [Crowded edges] in :mod:`pss_param.solver`.
 _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
 _WIDE_START = 16
+
+# The bound falls faster than one gap tells, the more so the more directions it has left behind.
+_SURELY = 0.6
+_BLIND = 6  # passes without a look at the most
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_CHUNK = 1 << 29
@@ -159,7 +154,8 @@ def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -
     least = min(krylov.W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if init is not None:
-        return krylov.sketch(min(OVERSAMPLING, least - init.shape[-1]), init)
+        known = init.shape[-1]
+        return krylov.sketch(min(_tiles(known + OVERSAMPLING), least) - known, init)
     block = krylov.sketch(min(least, max(FULL_WIDTH, _tiles(wanted))))
     if all(request.rank is not None for request in requests):
         return block[..., : _tiles(wanted)]
@@ -167,13 +163,13 @@ def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -
         held = block.shape[-1]
         columns = min(_tiles(_guess(block) + OVERSAMPLING), 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            return block[..., : max(columns, _TILE)]
+            return block
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
 
 def _tiles(columns: int) -> int:
     """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``."""
-    return _TILE if columns <= _TILE else math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
+    return math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
 
 
 def _guess(sketch: Tensor) -> int:
@@ -187,9 +183,8 @@ def _guess(sketch: Tensor) -> int:
 
 def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
-    before, passes, cheap = math.inf, 1, _passes_are_cheap(krylov)
-    if cheap:
-        krylov.expand(0)
+    if not krylov.complete:
+        krylov.expand(0)  # before, nothing but a matrix of low rank shows that it has converged
     while True:
         ritz = krylov.ritz()
         verdicts = _verdicts(krylov, ritz, requests)
@@ -199,13 +194,7 @@ def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tup
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
-        if before == math.inf and 2 * fresh < krylov.random_columns:
-            fresh = 0  # the first values are low, and so the first stable rank is high: it may not be many after all
-        worst = max(verdict.error for verdict in verdicts)
-        costly = cheap or krylov.rank >= _CORE_THAT_COSTS
-        expected = _passes_to_go(worst, before, passes, requests[0].tol) if costly else 1
-        before, passes = worst, max(expected, 2 if cheap else 1)
-        for i in range(passes):
+        for i in range(_passes_to_go(krylov, ritz, verdicts, requests)):
             wider = krylov.other.shape[-1] + krylov.next_columns + fresh
             if krylov.complete or (i and widest is not None and wider > widest):
                 break
@@ -225,25 +214,29 @@ def _crowded(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> bool:
     columns, least = krylov.random_columns, min(krylov.W.shape[-2:])
     if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
         return False
-    needed = 0.0
-    for S, request in zip(ritz.S.reshape(-1, krylov.rank).tolist(), requests, strict=True):
-        k = math.floor(stable_rank_of(S[0])) if request.rank is None else request.rank
-        ratio = (S[min(k, columns - 1)] / max(S[columns - 1], 1e-30)) ** 2
-        needed = max(needed, 2 * _GROWTH / math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
-    return needed * columns * _PASS_OVER_GRAM > least
+    ranks = [
+        math.floor(stable_rank_of(S)) if request.rank is None else request.rank
+        for S, request in zip(ritz.S[..., 0].reshape(-1).tolist(), requests, strict=True)
+    ]
+    return 2 * _GROWTH / _growth(krylov, ritz, ranks) * columns * _PASS_OVER_GRAM > least
 
 
-def _passes_are_cheap(krylov: Krylov) -> bool:
-    W, block = krylov.W, krylov.next_columns
-    return isinstance(W, Tensor) and not krylov.complete and W.numel() * block <= _PASS_THAT_COSTS
+def _growth(krylov: Krylov, ritz: Ritz, ranks: list[int]) -> float:
+    """By how much two passes raise what is wanted over what is not: Note [Crowded edges]; the least of the batch."""
+    least, last = math.inf, min(krylov.random_columns, krylov.rank) - 1
+    for S, k in zip(ritz.S.reshape(-1, krylov.rank).tolist(), ranks, strict=True):
+        ratio = (S[min(k, last)] / max(S[last], 1e-30)) ** 2
+        least = min(least, math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
+    return least
 
 
-def _passes_to_go(error: float, before: float, passes: int, tol: float) -> int:
-    """How many passes to make without looking: half of what the last decline of the bound asks for."""
-    if not tol < error < before < math.inf:
+def _passes_to_go(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], requests: list[Request]) -> int:
+    """How many passes to make without looking: a good half of what the bound's fall to the tolerance asks for."""
+    worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
+    if not 1 < worst < math.inf:
         return 1
-    rate = math.log(before / error) / passes
-    return max(1, min(4, math.floor(0.5 * math.log(error / tol) / rate)))
+    growth = _growth(krylov, ritz, [verdict.k for verdict in verdicts])
+    return max(1, min(_BLIND, math.floor(_SURELY * 2 * math.log(worst) / growth)))
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:
