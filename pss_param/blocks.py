@@ -74,12 +74,13 @@ def factor(squares: Tensor, noise: float = 0.0) -> Factor:
         The factor; useless where ``fall`` is not above zero.
     """
     L, info = torch.linalg.cholesky_ex(squares)
-    lengths, heights = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (squares, L))
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     back = torch.linalg.solve_triangular(L, identity, upper=False)
-    seen = torch.stack([(heights.square() / lengths).amin(), lengths.amin(), info.amax().double()])
-    fall, least, failed = seen.tolist()
-    return Factor(L.mT, back, math.sqrt(fall) if not failed and least > noise * noise else 0.0)
+    diagonals = torch.stack([L, squares]).diagonal(dim1=-2, dim2=-1).reshape(2, -1)
+    heights, lengths = diagonals.tolist()
+    if bool(info.any()) or not min(lengths) > noise * noise:
+        return Factor(L.mT, back, 0.0)
+    return Factor(L.mT, back, min(h / math.sqrt(square) for h, square in zip(heights, lengths, strict=True)))
 
 
 def orthonormal(block: Tensor) -> Tensor:

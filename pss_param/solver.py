@@ -66,7 +66,7 @@ _WIDE_START = 16
 
 # The bound falls faster than one gap tells, the more so the more directions it has left behind.
 _SURELY = 0.6
-_BLIND = 6  # passes without a look at the most
+_BLIND = 5  # passes without a look at the most
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_CHUNK = 1 << 29
@@ -90,7 +90,7 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     if not W.is_cuda and W.data_ptr() % _ALIGNED:
         W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     size = max(1, (_CUDA_CHUNK if W.is_cuda else _CPU_CHUNK) // (W.shape[1] * W.shape[2]))
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    scale = norms.masked_fill(norms == 0, 1.0)
     found = []
     for start_row in range(0, W.shape[0], size):
         rows = slice(start_row, start_row + size)
@@ -112,7 +112,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     Returns:
         The same bits on every rank, if ``W`` gives the same products on every rank.
     """
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    scale = norms.masked_fill(norms == 0, 1.0)
     krylov = Krylov(W, scale, seed)
     krylov.start(_first_block(krylov, [request], init))
     ritz, verdicts = _iterate(krylov, [request], widest=None)
