@@ -47,6 +47,11 @@ from pss_param.krylov import Krylov, Matrix, Ritz
 from pss_param.products import FULL_WIDTH
 from pss_param.whole import dense
 
+_HALF_A_TILE = 8
+"""Columns that are enough for one or two values if the tolerance is loose: then the other half would save no pass."""
+
+_LOOSE = 5e-3
+
 # An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
 # the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
 # lies inside of a bulk, as in fresh and trained weights (measured with one thread at 256 x 256: 4.4 ms against 9 to 17
@@ -165,9 +170,11 @@ def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -
         return block[..., : _tiles(wanted)]
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
         held = block.shape[-1]
-        columns = min(_tiles(_guess(block) + OVERSAMPLING), 2 * held, least // _BLOCKS_THAT_PAY)
+        wanted = _guess(block) + OVERSAMPLING
+        columns = min(_tiles(wanted), 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            return block
+            few = wanted <= _HALF_A_TILE and all(request.tol >= _LOOSE for request in requests)
+            return block[..., :_HALF_A_TILE] if few else block
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
 
@@ -194,8 +201,8 @@ def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tup
         ritz = krylov.ritz()
         verdicts = _verdicts(krylov, ritz, requests)
         missing = max(verdict.k for verdict in verdicts) + OVERSAMPLING - krylov.random_columns
-        full = krylov.complete or (widest is not None and (krylov.rank >= widest or _crowded(krylov, ritz, requests)))
-        if full or (missing <= 0 and all(verdict.enough for verdict in verdicts)):
+        known = missing <= 0 and all(verdict.enough for verdict in verdicts)
+        if known or krylov.complete or (widest is not None and _too_wide(krylov, ritz, requests, widest)):
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
@@ -215,9 +222,11 @@ def _filterable(requests: list[Request]) -> bool:
     return all(request.level is None and not request.bulk for request in requests)
 
 
-def _crowded(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> bool:
-    """Whether a filtered Gram matrix costs less than the passes that the iteration needs: Note [Crowded edges]."""
+def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) -> bool:
+    """Whether the Gram matrix costs less than the passes that the iteration needs: Note [Crowded edges]."""
     columns, least = krylov.random_columns, min(krylov.W.shape[-2:])
+    if krylov.rank >= widest:
+        return True
     if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
         return False
     ranks = [
