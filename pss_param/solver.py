@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
+from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix, Ritz
 from pss_param.products import FULL_WIDTH
@@ -147,14 +148,15 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     return [
         _leading(krylov, ritz, i, verdict)
         if verdict is not None
-        else dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i))
+        else dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i, requests[i]))
         for i, verdict in enumerate(verdicts)
     ]
 
 
-def _directions(krylov: Krylov, ritz: Ritz, index: int) -> Tensor:
-    """The Ritz vectors of the smaller side, as far as the start was wide enough for them."""
-    U, _, Vh = krylov.triplets(ritz, index, min(krylov.random_columns, krylov.rank))
+def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
+    """As many Ritz vectors of the smaller side as the start had columns, or more if the filter wants them."""
+    k = _count(float(ritz.S.reshape(-1, krylov.rank)[index, 0]), request)
+    U, _, Vh = krylov.triplets(ritz, index, min(max(krylov.random_columns, width_for(k)), krylov.rank))
     return U if U.shape[0] < Vh.shape[1] else Vh.mT
 
 
@@ -229,11 +231,13 @@ def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) 
         return True
     if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
         return False
-    ranks = [
-        math.floor(stable_rank_of(S)) if request.rank is None else request.rank
-        for S, request in zip(ritz.S[..., 0].reshape(-1).tolist(), requests, strict=True)
-    ]
+    tops = ritz.S[..., 0].reshape(-1).tolist()
+    ranks = [_count(top, request) for top, request in zip(tops, requests, strict=True)]
     return 2 * _GROWTH / _growth(krylov, ritz, ranks) * columns * _PASS_OVER_GRAM > least
+
+
+def _count(top: float, request: Request) -> int:
+    return math.floor(stable_rank_of(top)) if request.rank is None else request.rank
 
 
 def _growth(krylov: Krylov, ritz: Ritz, ranks: list[int]) -> float:
