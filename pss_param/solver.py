@@ -26,10 +26,11 @@ matrix takes over. A first block as wide as a sixteenth of the matrix goes there
 ``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has;
 with ``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found,
 and the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual
-may do is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6),
-one with ``S ~ j^-0.5`` 8 to 11 (6 to 12); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`. A
-trained matrix costs one Gram matrix, a third of that for the factorisation which proves that nothing was missed, and 6
-to 10 products with it. Times over a grid of shapes, spectra and tolerances are in
+may do is more than what it does. A matrix with a few dominant values takes 4 or 5 passes (``svd_lowrank``: 4 to 6),
+one with ``S ~ j^-0.5`` 7 to 11 (6 to 14); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`.
+If ``||E||`` itself were known (Note [A residual without its pass] in :mod:`pss_param.krylov`) one of them would be
+saved at most. A trained matrix costs one Gram matrix, half of that for the factorisation which proves that nothing was
+missed, and 5 to 10 products with it. Times over a grid of shapes, spectra and tolerances are in
 ``examples/benchmarks/results/spectra.json`` and the README.
 """
 
@@ -49,7 +50,8 @@ from pss_param.products import FULL_WIDTH
 from pss_param.whole import dense
 
 _HALF_A_TILE = 8
-"""Columns that are enough for one or two values if the tolerance is loose: then the other half would save no pass."""
+"""Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
+loose."""
 
 _LOOSE = 5e-3
 
@@ -73,10 +75,12 @@ _WIDE_START = 16
 # Note [Passes without a look]
 # A look at a core of 48 columns costs as much as two passes over 512 x 512 and half of one over 2048 x 2048, so it
 # waits until it may succeed. The bound falls faster than the gap behind the wanted values tells, as every block leaves
-# more directions behind: from the first look on it took 0.66 to 0.97 of the passes that the gap asked for, from later
-# ones 0.41 or more (S ~ j^-0.4 to 1/j, 512 x 512 to 2048 x 2048, tolerances 1e-2 to 1e-4).
-_FIRST_LEAP, _LEAP = 0.75, 0.4
-_LONGEST_LEAP = 8
+# more directions behind: from the first look on it took 0.66 to 0.97 of the passes that the gap asked for (S ~ j^-0.4
+# to 1/j, 512 x 512 to 2048 x 2048, tolerances 1e-2 to 1e-4). Later on the last fall of the bound itself tells more.
+# Behind a level there may be a bulk that reaches up to it, and no gap. What the bulk may hide is told far better while
+# both sides hold equally many blocks, so looks at it start with the first block and are a multiple of two passes apart.
+_FIRST_LEAP, _LEAP = 0.75, 0.5
+_LONGEST_FIRST, _LONGEST_LEAP = 8, 4
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_CHUNK = 1 << 29
@@ -125,7 +129,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     scale = norms.masked_fill(norms == 0, 1.0)
     krylov = Krylov(W, scale, seed)
     krylov.start(_first_block(krylov, [request], init))
-    ritz, verdicts = _iterate(krylov, [request], widest=None)
+    ritz, verdicts = _iterate(krylov, [request], widest=None, warm=init is not None)
     verdict = verdicts[0]
     return _leading(krylov, ritz, 0, verdict if verdict is not None else _verdict(krylov, ritz, request))
 
@@ -144,7 +148,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     if block.shape[-1] * _WIDE_START >= least and init is None and _filterable(requests):
         return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
     krylov.start(block)
-    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST)
+    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST, warm=init is not None)
     return [
         _leading(krylov, ritz, i, verdict)
         if verdict is not None
@@ -169,13 +173,15 @@ def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -
         return krylov.sketch(min(_tiles(known + OVERSAMPLING), least) - known, init)
     block = krylov.sketch(min(least, max(FULL_WIDTH, _tiles(wanted))))
     if all(request.rank is not None for request in requests):
-        return block[..., : _tiles(wanted)]
+        norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
+        return block[..., : _HALF_A_TILE if norm_alone else _tiles(wanted)]
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
         held = block.shape[-1]
         wanted = _guess(block) + OVERSAMPLING
         columns = min(_tiles(wanted), 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            few = wanted <= _HALF_A_TILE and all(request.tol >= _LOOSE for request in requests)
+            deep = not _filterable(requests) or all(request.tol >= _LOOSE for request in requests)
+            few = deep and wanted <= _HALF_A_TILE
             return block[..., :_HALF_A_TILE] if few else block
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
@@ -194,11 +200,14 @@ def _guess(sketch: Tensor) -> int:
     return math.floor(sketch.shape[-1] / max(float(top) - 1.0, 0.05))
 
 
-def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tuple[Ritz, list[Verdict | None]]:
+def _iterate(
+    krylov: Krylov, requests: list[Request], widest: int | None, warm: bool
+) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
-    if not krylov.complete:
+    by_count = _filterable(requests)
+    if by_count and not (warm or krylov.complete):
         krylov.expand(0)  # before, nothing but a matrix of low rank shows that it has converged
-    leap = _FIRST_LEAP
+    before, passes = math.inf, 0
     while True:
         ritz = krylov.ritz()
         verdicts = _verdicts(krylov, ritz, requests)
@@ -208,7 +217,12 @@ def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tup
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
-        passes, leap = _passes_to_go(krylov, ritz, verdicts, requests, leap), _LEAP
+        worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
+        if by_count and passes == 0 and not warm:
+            leap = _first_leap(krylov, ritz, verdicts, worst)
+        else:
+            leap = _next_leap(worst, before, passes)
+        before, passes = worst, leap if by_count else max(2, leap // 2 * 2)
         for i in range(passes):
             wider = krylov.other.shape[-1] + krylov.next_columns + fresh
             if krylov.complete or (i and widest is not None and wider > widest):
@@ -249,15 +263,19 @@ def _growth(krylov: Krylov, ritz: Ritz, ranks: list[int]) -> float:
     return least
 
 
-def _passes_to_go(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], requests: list[Request], leap: float) -> int:
-    """How many passes to make before the next look: Note [Passes without a look]."""
-    worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
+def _first_leap(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], worst: float) -> int:
+    """How many passes to make after the first look: Note [Passes without a look]."""
     if not 1 < worst < math.inf:
         return 1
-    # Behind a level there may be a bulk up to it, which need not be told apart.
-    inside = 0 if _filterable(requests) else 1
-    growth = _growth(krylov, ritz, [max(0, verdict.k - inside) for verdict in verdicts])
-    return max(1, min(_LONGEST_LEAP, math.floor(leap * 2 * math.log(worst) / growth)))
+    growth = _growth(krylov, ritz, [verdict.k for verdict in verdicts])
+    return max(1, min(_LONGEST_FIRST, math.floor(_FIRST_LEAP * 2 * math.log(worst) / growth)))
+
+
+def _next_leap(worst: float, before: float, passes: int) -> int:
+    """How many passes to make after a later look, from the bound over the tolerance now and some passes ago."""
+    if not 1 < worst < before < math.inf:
+        return 1
+    return max(1, min(_LONGEST_LEAP, math.floor(_LEAP * passes * math.log(worst) / math.log(before / worst))))
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:
