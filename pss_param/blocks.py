@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,13 +73,14 @@ def factor(squares: Tensor, noise: float = 0.0) -> Factor:
     Returns:
         The factor; useless where ``fall`` is not above zero.
     """
-    length = squares.diagonal(dim1=-2, dim2=-1).sqrt()
-    inverse = length.reciprocal()
-    L, info = torch.linalg.cholesky_ex(squares * inverse[..., None, :] * inverse[..., :, None])
-    sound = (info == 0) & (length.amin(-1) > noise)
-    fall = torch.where(sound, L.diagonal(dim1=-2, dim2=-1).amin(-1), 0.0).amin()
-    back = torch.linalg.solve_triangular(L, torch.diag_embed(inverse), upper=False)
-    return Factor((L * length[..., :, None]).mT, back, float(fall))
+    L, info = torch.linalg.cholesky_ex(squares)
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    back = torch.linalg.solve_triangular(L, identity, upper=False)
+    diagonals = torch.stack([L, squares]).diagonal(dim1=-2, dim2=-1).reshape(2, -1)
+    heights, lengths = diagonals.tolist()
+    if bool(info.any()) or not min(lengths) > noise * noise:
+        return Factor(L.mT, back, 0.0)
+    return Factor(L.mT, back, min(h / math.sqrt(square) for h, square in zip(heights, lengths, strict=True)))
 
 
 def orthonormal(block: Tensor) -> Tensor:

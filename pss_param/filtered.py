@@ -68,6 +68,18 @@ class Block(NamedTuple):
     lengths: list[float]
 
 
+def width_for(k: int) -> int:
+    """Columns of a block that is to find so many triplets.
+
+    Args:
+        k: how many.
+
+    Returns:
+        ``k`` and half as many, eight at the least, beyond it.
+    """
+    return k + max(_EXTRA, k // 2)
+
+
 def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request, start: Tensor) -> Found | None:
     """Dominant triplets of one tall matrix by filtering its Gram matrix.
 
@@ -86,7 +98,7 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
     for _ in range(_ROUNDS):
         seen = _spectrum(block, shape, eps)
         k, decided = count_of(seen, request.rank)
-        width = k + max(_EXTRA, k // 2)
+        width = width_for(k)
         if (
             k == 0
             or width * WIDEST > shape[1]

@@ -133,16 +133,7 @@ class Krylov:
         self.inverse_scale = (1.0 / scale).to(W.dtype)[..., None, None]
         self._seed = seed
         self._draws = 0
-        batch, (m, n) = W.shape[:-2], W.shape[-2:]
         self.forward = False
-        self.front = torch.zeros(*batch, m, 0, dtype=W.dtype, device=W.device)
-        self.other = self.front.new_zeros(*batch, n, 0)
-        self.core = self.front.new_zeros(*batch, 0, 0)
-        self._last = 0
-        self._widths: tuple[list[int], list[int]] = ([], [])  # of the front's blocks, of the other side's
-        self._rest = self.front
-        self._gram_of_rest = self.core.double()
-        self.random_columns = 0
         self._young: tuple[int, int] = (0, 0)
 
     @property
@@ -185,8 +176,10 @@ class Krylov:
             block: left directions to begin with, ``(..., m, b)``.
         """
         self.front = orthonormal(block)
+        self.other = block.new_zeros(*block.shape[:-2], self.W.shape[-1], 0)
+        self.core = block.new_zeros(*block.shape[:-2], 0, block.shape[-1], dtype=torch.float64)
         self.random_columns = self._last = block.shape[-1]
-        self._widths[0].append(self._last)
+        self._widths = ([self._last], list[int]())  # of the front's blocks, of the other side's
         self._multiply()
         self.expand(0)
 
@@ -196,18 +189,18 @@ class Krylov:
         Returns:
             Values, residuals and coordinates.
         """
-        last, core, new = self._last, self.core.double(), self._gram_of_rest
-        squared = core.mT @ core
+        last, new = self._last, self._gram_of_rest
+        squared = self.core.mT @ self.core
         squared[..., -last:, -last:] += new
         squares, Y = torch.linalg.eigh(squared)  # in float64: their spread is the square of the matrix's
         squares, Y = squares.flip(-1).clamp_min_(0), Y.flip(-1)
         tail = Y[..., -last:, :]
-        outside = (tail * (new @ tail)).sum(-2).clamp_min_(0)  # ||T y_last||^2
+        outside = (tail * (new @ tail)).sum(-2).clamp_min_(_TINY)  # ||T y_last||^2
         slack = 4 * torch.finfo(self.core.dtype).eps * max(self.W.shape[-2:]) ** 0.5
         rest = (1.0 + slack - squares.sum(-1)).clamp_min_(slack)
         for bound in self._bounds_of_the_rest(squared):
             rest = torch.minimum(rest, bound)
-        share = torch.where(outside < squares, outside / squares, 1.0)
+        share = outside / torch.maximum(squares, outside)
         return Ritz(squares.sqrt_(), (share * rest[..., None]).sqrt_(), Y, rest.sqrt(), squared, new)
 
     def ceilings(self, ritz: Ritz, index: int, reference: float) -> list[float] | None:
@@ -227,7 +220,7 @@ class Krylov:
             return None
         raised = self._one(ritz.gram, index).clone()
         raised[-self._last :, -self._last :] += (rest / gap) * self._one(ritz.gram_of_new, index)
-        return list(torch.linalg.eigvalsh(raised).clamp_min_(0).sqrt_().flip(0).tolist())
+        return [math.sqrt(max(value, 0.0)) for value in reversed(torch.linalg.eigvalsh(raised).tolist())]
 
     def expand(self, fresh: int, room: int | None = None) -> None:
         """Let what the last pass found join the other side, and multiply it: one pass over ``W``.
@@ -263,11 +256,12 @@ class Krylov:
         """
         S = ritz.S.reshape(-1, ritz.S.shape[-1])[index, :count]
         Y = self._one(ritz.Y, index)[:, :count]
-        weights = torch.where(S > 0, Y / S, torch.zeros_like(Y)).to(self.core.dtype)
-        image = self._one(self.other, index) @ (self._one(self.core, index) @ weights)
-        image += self._one(self._rest, index) @ weights[-self._last :]
-        on_front = self._one(self.front, index) @ Y.to(self.core.dtype)
-        S = S.to(self.core.dtype)
+        weights = torch.where(S > 0, Y / S, torch.zeros_like(Y))
+        known = self._one(self.core, index) @ weights
+        image = _combined(self._one(self.other, index), known)
+        image += _combined(self._one(self._rest, index), weights[-self._last :])
+        on_front = _combined(self._one(self.front, index), Y)
+        S = S.to(image.dtype)
         return (image, S, on_front.mT) if self.forward else (on_front, S, image.mT)
 
     def _bounds_of_the_rest(self, gram: Tensor) -> list[Tensor]:
@@ -291,7 +285,7 @@ class Krylov:
         if not fresh and room >= T.shape[-1]:
             found = factor(self._gram_of_rest, _NOISE * torch.finfo(T.dtype).eps)
             if found.fall > INDEPENDENT:
-                return found.columns(T), found.R.to(T.dtype)
+                return found.columns(T), found.R
         if room < T.shape[-1]:  # the side is full with less than T has columns; T's range has no more dimensions
             Q = torch.linalg.svd(T, full_matrices=False).U[..., :room]
         else:
@@ -303,7 +297,7 @@ class Krylov:
             random = self._gaussian(*Q.shape[-2:])
             outside = self._outside(orthonormal(torch.where(lost[..., None, :], self._outside(random), outside)))
         Q = orthonormal(outside)  # twice is enough (Kahan)
-        return Q, Q.mT @ T
+        return Q, (Q.mT @ T).double()
 
     def _outside(self, block: Tensor) -> Tensor:
         return block - self.other @ (self.other.mT @ block)
@@ -311,15 +305,19 @@ class Krylov:
     def _multiply(self) -> None:
         """One pass: the product with the front's last block, split into what the other side spans and the rest."""
         block = self.front[..., -self._last :]
-        product = self._times(block) if self.forward else self._times_t(block)
-        known = self.other.mT @ product
-        rest = product - self.other @ known
+        rest = self._times(block) if self.forward else self._times_t(block)
+        known = rest.new_zeros(*rest.shape[:-2], 0, self._last)
         if self.other.shape[-1]:
-            again = self.other.mT @ rest
-            rest -= self.other @ again
-            known += again
+            known = self._taken_out(rest)
+            known += self._taken_out(rest)
         self._rest, self._gram_of_rest = rest, gram(rest)
-        self.core = torch.cat([self.core[..., : self.core.shape[-1] - self._last], known], dim=-1)
+        self.core = torch.cat([self.core[..., : self.core.shape[-1] - self._last], known.double()], dim=-1)
+
+    def _taken_out(self, block: Tensor) -> Tensor:
+        """Project a block out of the other side, in place; its coordinates there."""
+        known: Tensor = self.other.mT @ block
+        (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.other, known, alpha=-1)
+        return known
 
     def _times(self, X: Tensor) -> Tensor:
         return times(self.W, X).mul_(self.inverse_scale)
@@ -339,6 +337,11 @@ def _beside(left: Tensor, right: Tensor) -> Tensor:
     return torch.cat([left.mT, right.mT], dim=-2).mT
 
 
+def _combined(basis: Tensor, weights: Tensor) -> Tensor:
+    """``basis @ weights`` for a few columns of float64 weights: from the left, where their number does not matter."""
+    return (weights.mT.to(basis.dtype) @ basis.mT).mT
+
+
 @lru_cache(maxsize=8)
 def _drawn(seed: int, rows: int, columns: int) -> Tensor:
     """The same numbers for matrices of one shape, drawn once; nobody writes to them."""
@@ -346,4 +349,5 @@ def _drawn(seed: int, rows: int, columns: int) -> Tensor:
 
 
 _NOISE = 1e3  # rounding units of ||W||_F: what is left of a product may be nothing but its rounding
+_TINY = 1e-300  # stands for a square of zero
 _SURVIVES = 0.5  # of a unit column that is orthogonal but for rounding

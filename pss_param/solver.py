@@ -26,10 +26,11 @@ matrix takes over. A first block as wide as a sixteenth of the matrix goes there
 ``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has;
 with ``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found,
 and the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual
-may do is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6),
-one with ``S ~ j^-0.5`` 8 to 11 (6 to 12); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`. A
-trained matrix costs one Gram matrix, a third of that for the factorisation which proves that nothing was missed, and 6
-to 10 products with it. Times over a grid of shapes, spectra and tolerances are in
+may do is more than what it does. A matrix with a few dominant values takes 4 or 5 passes (``svd_lowrank``: 4 to 6),
+one with ``S ~ j^-0.5`` 7 to 11 (6 to 14); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`.
+If ``||E||`` itself were known (Note [A residual without its pass] in :mod:`pss_param.krylov`) one of them would be
+saved at most. A trained matrix costs one Gram matrix, half of that for the factorisation which proves that nothing was
+missed, and 5 to 10 products with it. Times over a grid of shapes, spectra and tolerances are in
 ``examples/benchmarks/results/spectra.json`` and the README.
 """
 
@@ -42,13 +43,17 @@ import torch
 from torch import Tensor
 
 from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
+from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix, Ritz
 from pss_param.products import FULL_WIDTH
 from pss_param.whole import dense
 
-_TILE = 8
-"""Columns of the narrowest block: enough for a collapsed matrix, and fewer cost a pass as much."""
+_HALF_A_TILE = 8
+"""Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
+loose."""
+
+_LOOSE = 5e-3
 
 # An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
 # the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
@@ -62,16 +67,20 @@ _WHOLE_BELOW = 256
 # and saved a half only for slowly falling values (S ~ j^-0.3 at 1024 x 1024).
 _WIDEST = 4
 
-# From here on an eigenvalue problem of the core costs as much as a pass, and is put off until it may show convergence.
-_CORE_THAT_COSTS = 96
-
-# Up to this many elements of W times columns of the block a pass costs less than the look at what it brought.
-_PASS_THAT_COSTS = 1 << 24
-
 # Note [Crowded edges] in :mod:`pss_param.solver`.
 _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
 _WIDE_START = 16
+
+# Note [Passes without a look]
+# A look at a core of 48 columns costs as much as two passes over 512 x 512 and half of one over 2048 x 2048, so it
+# waits until it may succeed. The bound falls faster than the gap behind the wanted values tells, as every block leaves
+# more directions behind: from the first look on it took 0.66 to 0.97 of the passes that the gap asked for (S ~ j^-0.4
+# to 1/j, 512 x 512 to 2048 x 2048, tolerances 1e-2 to 1e-4). Later on the last fall of the bound itself tells more.
+# Behind a level there may be a bulk that reaches up to it, and no gap. What the bulk may hide is told far better while
+# both sides hold equally many blocks, so looks at it start with the first block and are a multiple of two passes apart.
+_FIRST_LEAP, _LEAP = 0.75, 0.5
+_LONGEST_FIRST, _LONGEST_LEAP = 8, 4
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_CHUNK = 1 << 29
@@ -95,7 +104,7 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     if not W.is_cuda and W.data_ptr() % _ALIGNED:
         W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     size = max(1, (_CUDA_CHUNK if W.is_cuda else _CPU_CHUNK) // (W.shape[1] * W.shape[2]))
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    scale = norms.masked_fill(norms == 0, 1.0)
     found = []
     for start_row in range(0, W.shape[0], size):
         rows = slice(start_row, start_row + size)
@@ -117,10 +126,10 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     Returns:
         The same bits on every rank, if ``W`` gives the same products on every rank.
     """
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    scale = norms.masked_fill(norms == 0, 1.0)
     krylov = Krylov(W, scale, seed)
     krylov.start(_first_block(krylov, [request], init))
-    ritz, verdicts = _iterate(krylov, [request], widest=None)
+    ritz, verdicts = _iterate(krylov, [request], widest=None, warm=init is not None)
     verdict = verdicts[0]
     return _leading(krylov, ritz, 0, verdict if verdict is not None else _verdict(krylov, ritz, request))
 
@@ -139,18 +148,19 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     if block.shape[-1] * _WIDE_START >= least and init is None and _filterable(requests):
         return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
     krylov.start(block)
-    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST)
+    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST, warm=init is not None)
     return [
         _leading(krylov, ritz, i, verdict)
         if verdict is not None
-        else dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i))
+        else dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i, requests[i]))
         for i, verdict in enumerate(verdicts)
     ]
 
 
-def _directions(krylov: Krylov, ritz: Ritz, index: int) -> Tensor:
-    """The Ritz vectors of the smaller side, as far as the start was wide enough for them."""
-    U, _, Vh = krylov.triplets(ritz, index, min(krylov.random_columns, krylov.rank))
+def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
+    """As many Ritz vectors of the smaller side as the start had columns, or more if the filter wants them."""
+    k = _count(float(ritz.S.reshape(-1, krylov.rank)[index, 0]), request)
+    U, _, Vh = krylov.triplets(ritz, index, min(max(krylov.random_columns, width_for(k)), krylov.rank))
     return U if U.shape[0] < Vh.shape[1] else Vh.mT
 
 
@@ -159,21 +169,26 @@ def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -
     least = min(krylov.W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if init is not None:
-        return krylov.sketch(min(OVERSAMPLING, least - init.shape[-1]), init)
+        known = init.shape[-1]
+        return krylov.sketch(min(_tiles(known + OVERSAMPLING), least) - known, init)
     block = krylov.sketch(min(least, max(FULL_WIDTH, _tiles(wanted))))
     if all(request.rank is not None for request in requests):
-        return block[..., : _tiles(wanted)]
+        norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
+        return block[..., : _HALF_A_TILE if norm_alone else _tiles(wanted)]
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
         held = block.shape[-1]
-        columns = min(_tiles(_guess(block) + OVERSAMPLING), 2 * held, least // _BLOCKS_THAT_PAY)
+        wanted = _guess(block) + OVERSAMPLING
+        columns = min(_tiles(wanted), 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            return block[..., : max(columns, _TILE)]
+            deep = not _filterable(requests) or all(request.tol >= _LOOSE for request in requests)
+            few = deep and wanted <= _HALF_A_TILE
+            return block[..., :_HALF_A_TILE] if few else block
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
 
 def _tiles(columns: int) -> int:
     """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``."""
-    return _TILE if columns <= _TILE else math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
+    return math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
 
 
 def _guess(sketch: Tensor) -> int:
@@ -185,26 +200,29 @@ def _guess(sketch: Tensor) -> int:
     return math.floor(sketch.shape[-1] / max(float(top) - 1.0, 0.05))
 
 
-def _iterate(krylov: Krylov, requests: list[Request], widest: int | None) -> tuple[Ritz, list[Verdict | None]]:
+def _iterate(
+    krylov: Krylov, requests: list[Request], widest: int | None, warm: bool
+) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
-    before, passes, cheap = math.inf, 1, _passes_are_cheap(krylov)
-    if cheap:
-        krylov.expand(0)
+    by_count = _filterable(requests)
+    if by_count and not (warm or krylov.complete):
+        krylov.expand(0)  # before, nothing but a matrix of low rank shows that it has converged
+    before, passes = math.inf, 0
     while True:
         ritz = krylov.ritz()
         verdicts = _verdicts(krylov, ritz, requests)
         missing = max(verdict.k for verdict in verdicts) + OVERSAMPLING - krylov.random_columns
-        full = krylov.complete or (widest is not None and (krylov.rank >= widest or _crowded(krylov, ritz, requests)))
-        if full or (missing <= 0 and all(verdict.enough for verdict in verdicts)):
+        known = missing <= 0 and all(verdict.enough for verdict in verdicts)
+        if known or krylov.complete or (widest is not None and _too_wide(krylov, ritz, requests, widest)):
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
-        if before == math.inf and 2 * fresh < krylov.random_columns:
-            fresh = 0  # the first values are low, and so the first stable rank is high: it may not be many after all
-        worst = max(verdict.error for verdict in verdicts)
-        costly = cheap or krylov.rank >= _CORE_THAT_COSTS
-        expected = _passes_to_go(worst, before, passes, requests[0].tol) if costly else 1
-        before, passes = worst, max(expected, 2 if cheap else 1)
+        worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
+        if by_count and passes == 0 and not warm:
+            leap = _first_leap(krylov, ritz, verdicts, worst)
+        else:
+            leap = _next_leap(worst, before, passes)
+        before, passes = worst, leap if by_count else max(2, leap // 2 * 2)
         for i in range(passes):
             wider = krylov.other.shape[-1] + krylov.next_columns + fresh
             if krylov.complete or (i and widest is not None and wider > widest):
@@ -220,30 +238,44 @@ def _filterable(requests: list[Request]) -> bool:
     return all(request.level is None and not request.bulk for request in requests)
 
 
-def _crowded(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> bool:
-    """Whether a filtered Gram matrix costs less than the passes that the iteration needs: Note [Crowded edges]."""
+def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) -> bool:
+    """Whether the Gram matrix costs less than the passes that the iteration needs: Note [Crowded edges]."""
     columns, least = krylov.random_columns, min(krylov.W.shape[-2:])
+    if krylov.rank >= widest:
+        return True
     if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
         return False
-    needed = 0.0
-    for S, request in zip(ritz.S.reshape(-1, krylov.rank).tolist(), requests, strict=True):
-        k = math.floor(stable_rank_of(S[0])) if request.rank is None else request.rank
-        ratio = (S[min(k, columns - 1)] / max(S[columns - 1], 1e-30)) ** 2
-        needed = max(needed, 2 * _GROWTH / math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
-    return needed * columns * _PASS_OVER_GRAM > least
+    tops = ritz.S[..., 0].reshape(-1).tolist()
+    ranks = [_count(top, request) for top, request in zip(tops, requests, strict=True)]
+    return 2 * _GROWTH / _growth(krylov, ritz, ranks) * columns * _PASS_OVER_GRAM > least
 
 
-def _passes_are_cheap(krylov: Krylov) -> bool:
-    W, block = krylov.W, krylov.next_columns
-    return isinstance(W, Tensor) and not krylov.complete and W.numel() * block <= _PASS_THAT_COSTS
+def _count(top: float, request: Request) -> int:
+    return math.floor(stable_rank_of(top)) if request.rank is None else request.rank
 
 
-def _passes_to_go(error: float, before: float, passes: int, tol: float) -> int:
-    """How many passes to make without looking: half of what the last decline of the bound asks for."""
-    if not tol < error < before < math.inf:
+def _growth(krylov: Krylov, ritz: Ritz, ranks: list[int]) -> float:
+    """By how much two passes raise what is wanted over what is not: Note [Crowded edges]; the least of the batch."""
+    least, last = math.inf, min(krylov.random_columns, krylov.rank) - 1
+    for S, k in zip(ritz.S.reshape(-1, krylov.rank).tolist(), ranks, strict=True):
+        ratio = (S[min(k, last)] / max(S[last], 1e-30)) ** 2
+        least = min(least, math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
+    return least
+
+
+def _first_leap(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], worst: float) -> int:
+    """How many passes to make after the first look: Note [Passes without a look]."""
+    if not 1 < worst < math.inf:
         return 1
-    rate = math.log(before / error) / passes
-    return max(1, min(4, math.floor(0.5 * math.log(error / tol) / rate)))
+    growth = _growth(krylov, ritz, [verdict.k for verdict in verdicts])
+    return max(1, min(_LONGEST_FIRST, math.floor(_FIRST_LEAP * 2 * math.log(worst) / growth)))
+
+
+def _next_leap(worst: float, before: float, passes: int) -> int:
+    """How many passes to make after a later look, from the bound over the tolerance now and some passes ago."""
+    if not 1 < worst < before < math.inf:
+        return 1
+    return max(1, min(_LONGEST_LEAP, math.floor(_LEAP * passes * math.log(worst) / math.log(before / worst))))
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:

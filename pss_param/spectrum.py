@@ -11,7 +11,7 @@ decided, in :mod:`pss_param.certificate`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ def dominant_directions(
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
     norms = frobenius_norm(flat)
-    if bool((norms > torch.finfo(flat.dtype).max).any()):
+    if any(norm > torch.finfo(flat.dtype).max for norm in norms.tolist()):
         flat = _widened(flat, norms)
     requests = _requests(rank, above, tol, batch, norms)
     start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
@@ -200,19 +200,6 @@ def _gathered(
     found: list[Found], norms: Tensor, requests: list[Request], batch: torch.Size, like: Tensor
 ) -> DominantDirections:
     """Results of single matrices as one batch in the units of ``W``, padded with zeros to the largest ``k``."""
-    width = max((one.verdict.k for one in found), default=0)
-
-    def padded(name: str) -> Tensor:
-        parts: list[Tensor] = [getattr(one, name) for one in found]
-        if len(parts) == 1:
-            return parts[0][None]
-        if not parts:
-            m, n = like.shape[-2:]
-            return like.new_zeros({"U": (0, m, 0), "Vh": (0, 0, n)}.get(name, (0, 0)))
-        missing = [width - one.verdict.k for one in found]
-        pads = [(0, 0, 0, gap) if name == "Vh" else (0, gap) for gap in missing]
-        return torch.stack([torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
-
     sizes = norms.tolist()
     lines = [
         (
@@ -221,26 +208,36 @@ def _gathered(
         )
         for one, size in zip(found, sizes, strict=True)
     ]  # fmt: skip
-    table = torch.tensor(lines, dtype=like.dtype, device=like.device).reshape(-1, 7)
-    edge, stable, top, bulk_edge, error, unit, inverse_top = table.unbind(1)
-    flat = DominantDirections(
-        U=padded("U"),
-        S=padded("S") * unit[:, None],
-        Vh=padded("Vh"),
+    table = torch.tensor(lines, dtype=like.dtype, device=like.device).reshape(*batch, 7)
+    edge, stable, top, bulk_edge, error, unit, inverse_top = table.unbind(-1)
+    met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
+    return DominantDirections(
+        U=_padded(found, "U", batch, like),
+        S=_padded(found, "S", batch, like) * unit[..., None],
+        Vh=_padded(found, "Vh", batch, like),
         edge=edge,
-        k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device),
+        k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device).reshape(batch),
         stable_rank=stable,
         spectral_norm=top,
         bulk_edge=bulk_edge,
-        residual=padded("residual") * inverse_top[:, None],
+        residual=_padded(found, "residual", batch, like) * inverse_top[..., None],
         error=error,
-        converged=torch.tensor(
-            [one.verdict.error <= r.tol for one, r in zip(found, requests, strict=True)],
-            device=like.device,
-            dtype=torch.bool,
-        ),
+        converged=torch.tensor(met, dtype=torch.bool, device=like.device).reshape(batch),
     )
-    return DominantDirections(*(_shaped(getattr(flat, f.name), batch) for f in fields(flat)))
+
+
+def _padded(found: list[Found], name: str, batch: torch.Size, like: Tensor) -> Tensor:
+    """One field of all results, ``(*batch, ...)``."""
+    parts: list[Tensor] = [getattr(one, name) for one in found]
+    if not batch:
+        return parts[0]
+    if not parts:
+        m, n = like.shape[-2:]
+        return like.new_zeros(*batch, *{"U": (m, 0), "Vh": (0, n)}.get(name, (0,)))
+    missing = [max(one.verdict.k for one in found) - one.verdict.k for one in found]
+    pads = [(0, 0, 0, gap) if name == "Vh" else (0, gap) for gap in missing]
+    whole = torch.stack([torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
+    return whole.reshape(*batch, *whole.shape[1:])
 
 
 def _check_request(rank: int | None, above: float | Tensor | str | None, tol: float) -> None:
@@ -278,10 +275,6 @@ def _requests(
         ) from error
     scaled = torch.where(norms > 0, expanded / norms, torch.zeros_like(norms)).tolist()
     return [Request(None, level, False, tol) for level in scaled]
-
-
-def _shaped(value: Tensor, batch: torch.Size) -> Tensor:
-    return value.view(*batch, *value.shape[1:]) if batch else value[0]
 
 
 def _seed(generator: torch.Generator | None) -> int:
@@ -326,8 +319,8 @@ def frobenius_norm(W: Tensor) -> Tensor:
         NonFiniteError: ``W`` holds NaN or infinity.
     """
     total = _by_rows(W)
-    tiny = 1e3 * math.sqrt(torch.finfo(W.dtype).tiny)
-    if bool((torch.isfinite(total) & (total > tiny * W.shape[2])).all()):
+    least = 1e3 * math.sqrt(torch.finfo(W.dtype).tiny) * W.shape[2]
+    if all(least < norm < math.inf for norm in total.tolist()):
         return total
     peak = torch.linalg.vector_norm(W, float("inf"), dim=(1, 2), keepdim=True)
     if not bool(torch.isfinite(peak).all()):
