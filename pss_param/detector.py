@@ -323,7 +323,7 @@ def _union(verdicts: Sequence[Verdict]) -> Verdict:
     fired = [verdict for verdict in verdicts if verdict.triggered]
     ratio = next((verdict.ratio for verdict in verdicts if verdict.ratio == verdict.ratio), math.nan)  # not NaN
     if not fired:
-        return Verdict(ratio=ratio, limit=min([verdict.limit for verdict in verdicts]))
+        return Verdict(ratio=ratio, limit=min(verdict.limit for verdict in verdicts))
     if any(verdict.names is None for verdict in fired):
         names = None
     else:
