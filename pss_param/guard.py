@@ -31,7 +31,7 @@ from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_tra
 from pss_param.detector import Detector, Matrix, Verdict
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
-from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
+from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, reset_moments, treat_gradient
 from pss_param.opening import open_views, stand_by
 from pss_param.policy import GuardPolicy
 from pss_param.reading import Reading, read_now
@@ -346,8 +346,7 @@ class Guard:
             self._stale.update(pending)
         if optimizer is not None:
             for name in self._stale:
-                # Optimizers create the state of a parameter anew when they find none.
-                optimizer.state.pop(self._slots[name][0].weight, None)
+                reset_moments(optimizer, self._slots[name][0].weight)
             self._stale.clear()
         if pending:
             # Inside a long autocast block the casts of the old values are still cached.

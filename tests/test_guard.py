@@ -396,6 +396,22 @@ def test_reset_moments_clears_the_smoothed_weights_only():
     assert set(taken.values()) == {4}
 
 
+@pytest.mark.parametrize("kernels", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_reset_moments_of_sgd_starts_the_momentum_again_whatever_the_kernels(kernels):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, **kernels)
+    guard = attach(model, detector=OnSteps(3, names=(NAMES[0],)), policy=GuardPolicy(reset_moments=True))
+    weights = dict(model.named_parameters())
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        guard.step(optimizer=optimizer)
+        optimizer.step()
+    remembered = {name: optimizer.state[value]["momentum_buffer"] for name, value in weights.items()}
+    torch.testing.assert_close(remembered.pop(NAMES[0]), weights[NAMES[0]].grad)
+    assert not any(torch.equal(value, weights[name].grad) for name, value in remembered.items())
+
+
 def test_a_spike_is_caught_by_the_default_detector():
     model = net()
     guard = attach(model)

@@ -6,7 +6,7 @@ import logging
 import pytest
 import tiny_gpt
 import torch
-from loops import one_thread
+from loops import ALIVE, DEAD, one_thread
 from torch import nn
 
 from pss_param.attaching import attach
@@ -15,7 +15,6 @@ from pss_param.errors import StateError
 from pss_param.policy import GuardPolicy
 
 STEPS = 160
-DEAD, ALIVE = 3.1, 2.95
 GENTLER = 7e-3
 """A rate that kills most runs, which the published detector alone keeps alive; at `tiny_gpt.RATE` it does not."""
 
