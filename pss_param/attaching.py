@@ -43,8 +43,10 @@ def attach(
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
         edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
+            ``"mild"`` makes false alarms cheaper and keeps fewer runs alive at the largest learning rates.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
-            where gradients only shrink, and one that sees weights collapse.
+            where gradients only shrink, and one that sees weights collapse. The table of learning rates in
+            ``examples/benchmarks/results/stability.md`` has it beside its parts (``pss-published``) and the edges.
         policy: None for :class:`GuardPolicy` with its defaults.
 
     Returns:
