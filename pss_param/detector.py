@@ -277,10 +277,8 @@ class AnyOf(Detector):
         super().__init__()
         _require(bool(detectors), "AnyOf needs at least one detector, got none")
         self.members = nn.ModuleList(detectors)
+        self._asked = detectors  # the same ones: every step asks them, and a list of modules is slow to go through
         self.parts = sum(detector.parts for detector in detectors)
-
-    def _detectors(self) -> list[Detector]:
-        return list(self.members)  # type: ignore[arg-type]
 
     def bind(self, weights: WeightSource) -> None:
         r"""Bind every member.
@@ -288,7 +286,7 @@ class AnyOf(Detector):
         Args:
             weights: Returns the watched matrices by name.
         """
-        for detector in self._detectors():
+        for detector in self._asked:
             detector.bind(weights)
 
     def look(self, weights: WeightSource) -> list[Tensor]:
@@ -300,7 +298,7 @@ class AnyOf(Detector):
         Returns:
             The members' tensors one after the other.
         """
-        return [part for detector in self._detectors() for part in detector.look(weights)]
+        return [part for detector in self._asked for part in detector.look(weights)]
 
     def judge(self, norm: float, seen: Sequence[Sequence[float]]) -> Verdict:
         r"""Ask every member and join what they say.
@@ -313,7 +311,7 @@ class AnyOf(Detector):
             The joint decision.
         """
         verdicts, start = [], 0
-        for detector in self._detectors():
+        for detector in self._asked:
             verdicts.append(detector.judge(norm, seen[start : start + detector.parts]))
             start += detector.parts
         return _union(verdicts)
@@ -321,15 +319,17 @@ class AnyOf(Detector):
 
 def _union(verdicts: Sequence[Verdict]) -> Verdict:
     fired = [verdict for verdict in verdicts if verdict.triggered]
-    ratio = next((verdict.ratio for verdict in verdicts if verdict.ratio == verdict.ratio), math.nan)  # not NaN
+    ratio, limit = math.nan, math.inf
+    for verdict in verdicts:
+        ratio = verdict.ratio if ratio != ratio else ratio  # the first that is a number
+        limit = min(limit, verdict.limit)
     if not fired:
-        return Verdict(ratio=ratio, limit=min(verdict.limit for verdict in verdicts))
+        return Verdict(ratio=ratio, limit=limit)
     if any(verdict.names is None for verdict in fired):
         names = None
     else:
         names = tuple(dict.fromkeys(name for verdict in fired for name in verdict.names or ()))
-    reason = "; ".join(verdict.reason for verdict in fired)
-    return Verdict(True, names, ratio, reason, min(verdict.limit for verdict in verdicts))
+    return Verdict(True, names, ratio, "; ".join(verdict.reason for verdict in fired), limit)
 
 
 def _require(holds: bool, rule: str) -> None:
