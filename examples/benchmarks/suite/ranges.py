@@ -17,18 +17,20 @@ FURTHER = (64.0, 128.0, 256.0, 512.0)
 """Where a method still learns at the end of the grid, it is asked for more, until it does not."""
 
 
-def largest(records: Records, task: str, method: str) -> float:
+def largest(records: Records, task: str, method: str, seeds: list[int] | None = None) -> float:
     """The range of a method on a task.
 
     Args:
         records: all results.
         task: its name.
         method: its name.
+        seeds: only these.
 
     Returns:
         A multiple of the task's rate; 0 if not even that rate learns, NaN if nothing was measured.
     """
     found = records.find(question="range", task=task, method=method)
+    found = {spec: result for spec, result in found.items() if seeds is None or spec.seed in seeds}
     multiples = sorted({spec.multiple for spec in found if spec.multiple >= 1.0})
     reached = 0.0 if multiples else float("nan")
     for multiple in multiples:
@@ -94,7 +96,7 @@ def quality(records: Records, task: str, method: str) -> Spread:
 
 
 def score(records: Records, method: str, names: list[str]) -> float:
-    """One number for a method: the geometric mean over tasks of its range against the unguarded range.
+    """One number for a method: the geometric mean over tasks of its range against the unguarded range, on its seeds.
 
     Args:
         records: all results.
@@ -106,7 +108,8 @@ def score(records: Records, method: str, names: list[str]) -> float:
     """
     ratios = []
     for task in names:
-        mine, plain = largest(records, task, method), largest(records, task, "nothing")
+        seeds = records.values("seed", question="range", task=task, method=method)
+        mine, plain = largest(records, task, method), largest(records, task, "nothing", seeds)
         if mine == mine and plain == plain:
             ratios.append((mine or 0.25) / (plain or 0.25))
     return statistics.geometric_mean(ratios) if ratios else float("nan")
