@@ -139,6 +139,8 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if least <= _WHOLE_BELOW or _BLOCKS_THAT_PAY * wanted >= least:
         return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
+    if init is not None and init.shape[-1] * _WIDEST >= least:
+        init = None  # wider than the iteration may become
     if len(requests) == 1:  # without the batch dimension a product is a plain one, which is faster on a CPU
         init = None if init is None else init[0]
         krylov = Krylov(W[0], scale[0], seed)
