@@ -4,10 +4,10 @@ r"""Orthonormal columns for thin blocks.
 # Note [Blocks]
 Blocks are orthonormalised by their Gram matrix and its Cholesky factor, in products that run at full speed where
 Householder's reflections do not. The Gram matrix of float32 columns is formed in float64, where its squares keep what
-the columns held, and scaled to unit columns. What one round leaves is the rounding of the product, amplified by how
-dependent the columns were, of which the least diagonal element of the factor tells: above 0.03 the columns are
-orthonormal to some 1e-6 at once, below it a second round makes them so, and where it falls below 1e-6, or there is no
-factor, Householder's reflections do it after all.
+the columns held. What one round leaves is the rounding of the product, amplified by how dependent the columns were, of
+which the diagonal of the factor tells: where its least element, over the length of its column, is above 0.03, the
+columns are orthonormal to some 1e-6 at once; below it a second round makes them so, and where it falls below 1e-6, or
+there is no factor, Householder's reflections do it after all.
 
 References:
     Yamamoto et al., "CholeskyQR2", ETNA 44 (2015).

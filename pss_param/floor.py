@@ -71,7 +71,9 @@ class StableRankFloor(Detector):
 
     parts = 1
     settle_iterations = 6
+    """Full power iterations at the first look; the baseline's cap at a fresh stable rank hides what they leave."""
     denser = 5
+    """Two looks lie apart by the steps since the start, or since a trigger, over this."""
 
     def __init__(self, fraction: float = 0.65, period: int = 25, decay: float = 0.99, seed: int = 0) -> None:
         super().__init__()

@@ -31,7 +31,8 @@ from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_tra
 from pss_param.detector import Detector, Matrix, Verdict
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
-from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, reset_moments, treat_gradient
+from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
+from pss_param.moments import reset_moments
 from pss_param.opening import open_views, stand_by
 from pss_param.policy import GuardPolicy
 from pss_param.reading import Reading, read_now

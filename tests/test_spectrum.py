@@ -188,6 +188,17 @@ def test_a_warm_start_gives_the_same_answer():
     torch.testing.assert_close(warm.S, cold.S, rtol=1e-3, atol=0)
 
 
+def test_a_start_wider_than_the_iteration_may_become_is_left_aside(monkeypatch):
+    def refused(*args: object, **options: object) -> None:
+        raise AssertionError("iterated from a start that wants the whole spectrum")
+
+    W = gaussian(512, 512).float()
+    cold = dominant_directions(W)
+    monkeypatch.setattr("pss_param.solver._iterate", refused)
+    warm = dominant_directions(W, init=cold.Vh.mT)
+    assert torch.equal(warm.Vh, cold.Vh)
+
+
 @pytest.mark.parametrize(
     ("W", "options"),
     [

@@ -72,6 +72,12 @@ def test_dry_run_with_options_before_the_checkpoint(checkpoint, call):
     assert os.listdir(checkpoint.parent) == ["model.safetensors"]
 
 
+def test_threads_are_the_callers_again_at_the_end(checkpoint, call):
+    before = torch.get_num_threads()
+    assert call(checkpoint, "--dry-run", "--threads", str(before + 1))[0] == 0
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     "options",
     [
