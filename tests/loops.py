@@ -56,8 +56,10 @@ def one_thread() -> Iterator[None]:
     """Sums of several threads come in other orders; whether a run dies should not depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)  # also where a test is skipped inside
 
 
 def run(loop: Loop, guarded: bool, seed: int = 0, steps: int = STEPS) -> float:
