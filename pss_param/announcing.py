@@ -19,7 +19,7 @@ class Announcer:
 
     Example:
         >>> Announcer(GuardPolicy()).tell(Event(1, False, 2.0, reason="held back"), triggers=0)
-        Event(step=1, triggered=False, norm=2.0, ratio=nan, reason='held back', smoothed=(), skip=False)
+        Event(step=1, triggered=False, norm=2.0, ratio=nan, reason='held back', smoothed=(), skip=False, held=False)
     """
 
     def __init__(self, policy: GuardPolicy) -> None:
@@ -36,7 +36,7 @@ class Announcer:
         Returns:
             The same event.
         """
-        if event.triggered or event.skip:
+        if event.skip or (event.triggered and not event.held):
             _log.warning("%s", event)
         elif event.reason:
             _log.info("%s", event)

@@ -69,11 +69,11 @@ def attach(
     model = _unwrapped(model)
     if any(True for _ in occupied_slots(model)):
         raise StateError("the model is guarded already; call detach() on its guard or pss_param.detach(model)")
-    chosen = _smoothing_of(smoothing, edge)
+    detector = AnyOf(GradientNormRatio(), StableRankFloor()) if detector is None else detector
+    chosen = _smoothing_of(smoothing, edge, detector)
     policy = GuardPolicy() if policy is None else policy
     rules = targets if isinstance(targets, TargetRules) else TargetRules(preset=targets)
     slots = _put_views(model, _find_slots(model, rules), chosen, policy.seed)
-    detector = AnyOf(GradientNormRatio(), StableRankFloor()) if detector is None else detector
     return Guard(model, slots, detector, policy)
 
 
@@ -143,13 +143,21 @@ def _holders(model: nn.Module, weight: Tensor) -> list[Slot]:
     ]
 
 
-def _smoothing_of(smoothing: object, edge: str | None) -> Smoothing:
+def _smoothing_of(smoothing: object, edge: str | None, detector: Detector) -> Smoothing:
     if isinstance(smoothing, Smoothing):
         if edge is not None:
             raise ArgumentError("edge is part of Smoothing; pass attach(smoothing=Smoothing(edge=...)) alone")
-        return smoothing
-    edge = "dominant" if edge is None else edge
-    return Smoothing(shape=smoothing, edge=edge, tol=_LIVE_TOLERANCE)  # type: ignore[arg-type]
+        chosen = smoothing
+    else:
+        usual = "baseline" if detector.keeps_levels else "dominant"
+        edge = usual if edge is None else edge
+        chosen = Smoothing(shape=smoothing, edge=edge, tol=_LIVE_TOLERANCE)  # type: ignore[arg-type]
+    if chosen.edge == "baseline" and not detector.keeps_levels:
+        raise ArgumentError(
+            f"edge='baseline' needs a detector that remembers healthy norms, got {type(detector).__name__}; use "
+            "StableRankFloor() or AnyOf(..., StableRankFloor()), or another edge"
+        )
+    return chosen
 
 
 def _with_std(smoothing: Smoothing, target: Target) -> Smoothing:

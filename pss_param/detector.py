@@ -43,10 +43,11 @@ class Verdict(NamedTuple):
         ratio: Gradient norm over its running average, dimensionless; NaN when the detector keeps none.
         reason: One clause for people; empty when nothing triggered.
         limit: The smallest gradient norm that would have triggered; infinite when no norm would.
+        held: Whether nothing new happened, and weights are only held at what an earlier trigger brought them to.
 
     Example:
         >>> Verdict()
-        Verdict(triggered=False, names=(), ratio=nan, reason='', limit=inf)
+        Verdict(triggered=False, names=(), ratio=nan, reason='', limit=inf, held=False)
     """
 
     triggered: bool = False
@@ -54,16 +55,18 @@ class Verdict(NamedTuple):
     ratio: float = math.nan
     reason: str = ""
     limit: float = math.inf
+    held: bool = False
 
 
 class Detector(nn.Module):
     r"""Base of the detectors: :meth:`look` on the device, then :meth:`judge` on the host.
 
     ``parts`` is the number of tensors that :meth:`look` returns; it never changes for a detector, though the
-    tensors may be empty.
+    tensors may be empty. ``keeps_levels`` says whether :meth:`levels` knows what norms are healthy.
     """
 
     parts: int = 0
+    keeps_levels: bool = False
 
     def bind(self, weights: WeightSource) -> None:
         r"""Take what has to be remembered of the weights at attach; most detectors need nothing.
@@ -94,6 +97,20 @@ class Detector(nn.Module):
         Returns:
             The decision.
         """
+
+    def alarm(self) -> None:
+        r"""Learn that this detector, or one beside it, has just triggered; most detectors need nothing."""
+
+    def levels(self, name: str) -> tuple[Tensor, ...]:
+        r"""Tell to which spectral norms the ``baseline`` edge brings a weight.
+
+        Args:
+            name: The weight.
+
+        Returns:
+            Levels ``(...)`` for each of the matrices ``(..., m, n)`` as which it acts; nothing where none are kept.
+        """
+        return ()
 
     def observe(self, norm: float | Tensor) -> Verdict:
         r"""Judge one gradient norm, for use without a guard.
@@ -279,6 +296,7 @@ class AnyOf(Detector):
         self.members = nn.ModuleList(detectors)
         self._asked = detectors  # the same ones: every step asks them, and a list of modules is slow to go through
         self.parts = sum(detector.parts for detector in detectors)
+        self.keeps_levels = any(detector.keeps_levels for detector in detectors)
 
     def bind(self, weights: WeightSource) -> None:
         r"""Bind every member.
@@ -314,7 +332,26 @@ class AnyOf(Detector):
         for detector in self._asked:
             verdicts.append(detector.judge(norm, seen[start : start + detector.parts]))
             start += detector.parts
-        return _union(verdicts)
+        joint = _union(verdicts)
+        if joint.triggered and not joint.held:
+            self.alarm()
+        return joint
+
+    def alarm(self) -> None:
+        r"""Tell every member."""
+        for detector in self._asked:
+            detector.alarm()
+
+    def levels(self, name: str) -> tuple[Tensor, ...]:
+        r"""Ask the first member that keeps levels.
+
+        Args:
+            name: The weight.
+
+        Returns:
+            Its levels; nothing where no member keeps any.
+        """
+        return next((member.levels(name) for member in self._asked if member.keeps_levels), ())
 
 
 def _union(verdicts: Sequence[Verdict]) -> Verdict:
@@ -329,7 +366,8 @@ def _union(verdicts: Sequence[Verdict]) -> Verdict:
         names = None
     else:
         names = tuple(dict.fromkeys(name for verdict in fired for name in verdict.names or ()))
-    return Verdict(True, names, ratio, "; ".join(verdict.reason for verdict in fired), limit)
+    held = all(verdict.held for verdict in fired)
+    return Verdict(True, names, ratio, "; ".join(verdict.reason for verdict in fired), limit, held)
 
 
 def _require(holds: bool, rule: str) -> None:

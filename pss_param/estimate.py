@@ -3,6 +3,7 @@ r"""A cheap look at the stable rank, for watching a weight during training; noth
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,11 +33,21 @@ class StableRankEstimates(NamedTuple):
 
     Attributes:
         stable_ranks: the estimates of all matrices one after the other, flat.
+        spectral_norms: what the largest singular values are at least, likewise.
         vectors: of each matrix, as in :class:`StableRankEstimate`.
     """
 
     stable_ranks: Tensor
+    spectral_norms: Tensor
     vectors: list[Tensor]
+
+
+class _Look(NamedTuple):
+    """One half iteration."""
+
+    stable_rank: Tensor
+    spectral_norm: Tensor
+    vector: Tensor
 
 
 @torch.no_grad()
@@ -78,10 +89,8 @@ def stable_rank_estimate(W: Tensor | ShardedMatrix, init: Tensor | None = None) 
     if init is None:
         init = torch.randn(W.shape[-1], 1, generator=torch.Generator().manual_seed(_SEED), device="cpu")
         init = (init / torch.linalg.vector_norm(init)).expand(*W.shape[:-2], -1, -1)
-    image = _image(W, init)
-    whole = W.frobenius_norm() if isinstance(W, ShardedMatrix) else _plain_norm(W, image.dtype)
-    length, vector = _normalised(image)
-    return StableRankEstimate((whole / length).square(), vector)
+    seen = _alone(W, init)
+    return StableRankEstimate(seen.stable_rank, seen.vector)
 
 
 @torch.no_grad()
@@ -99,18 +108,24 @@ def stable_rank_estimates(matrices: Sequence[Tensor | ShardedMatrix], starts: Se
         >>> stable_rank_estimates([torch.eye(4), torch.eye(1)], [torch.ones(4, 1) / 2, torch.ones(1, 1)]).stable_ranks
         tensor([4., 1.])
     """
-    ranks: dict[int, Tensor] = {}
-    vectors: dict[int, Tensor] = {}
+    looks: dict[int, _Look] = {}
     for members in _groups(matrices):
         if len(members) == 1:
             (i,) = members
-            ranks[i], vectors[i] = stable_rank_estimate(matrices[i], starts[i])
+            looks[i] = _alone(matrices[i], starts[i])
             continue
         seen = _together([matrices[i] for i in members], [starts[i] for i in members])  # type: ignore[misc]
-        ranks.update(zip(members, seen.stable_rank.unbind(), strict=True))
-        vectors.update(zip(members, seen.vector.unbind(), strict=True))
-    order = range(len(matrices))
-    return StableRankEstimates(_in_a_row([ranks[i] for i in order]), [vectors[i] for i in order])
+        each = zip(*(part.unbind() for part in seen), strict=True)
+        looks.update(zip(members, itertools.starmap(_Look, each), strict=True))
+    ranks, norms, vectors = (list(part) for part in zip(*(looks[i] for i in range(len(looks))), strict=True))
+    return StableRankEstimates(_in_a_row(ranks), _in_a_row(norms), vectors)
+
+
+def _alone(W: Tensor | ShardedMatrix, start: Tensor) -> _Look:
+    image = _image(W, start)
+    whole = W.frobenius_norm() if isinstance(W, ShardedMatrix) else _plain_norm(W, image.dtype)
+    length, vector = _normalised(image)
+    return _Look((whole / length).square(), length, vector)
 
 
 def _in_a_row(ranks: list[Tensor]) -> Tensor:
@@ -129,10 +144,10 @@ def _groups(matrices: Sequence[Tensor | ShardedMatrix]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _together(matrices: list[Tensor], starts: list[Tensor]) -> StableRankEstimate:
+def _together(matrices: list[Tensor], starts: list[Tensor]) -> _Look:
     length, vector = _normalised(torch.stack([_image(*pair) for pair in zip(matrices, starts, strict=True)]))
     whole = torch.stack(torch._foreach_norm(matrices, 2, vector.dtype))
-    return StableRankEstimate((whole / length).square(), vector)
+    return _Look((whole / length).square(), length, vector)
 
 
 def _image(W: Tensor | ShardedMatrix, start: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class Event:
         smoothed: Names of the weights whose gates were opened.
         skip: Whether this step's gradients were dropped (set to None), so that ``optimizer.step()`` changes
             nothing.
+        held: Whether an earlier trigger goes on: weights are only held at what it brought them to.
 
     Example:
         >>> print(Event(step=7, triggered=False, norm=1.5, ratio=1.02))
@@ -35,6 +36,7 @@ class Event:
     reason: str = ""
     smoothed: tuple[str, ...] = ()
     skip: bool = False
+    held: bool = False
 
     def __str__(self) -> str:
         r"""Tell the event in one line.

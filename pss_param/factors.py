@@ -2,6 +2,7 @@
 r"""The thin factors of what an open gate takes away from a weight."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,16 @@ class Factors(NamedTuple):
     right: Tensor
 
 
-def factors_of(parts: Sequence[Tensor], smoothing: Smoothing, generator: torch.Generator) -> tuple[Factors, ...]:
+def factors_of(
+    parts: Sequence[Tensor], smoothing: Smoothing, generator: torch.Generator, levels: Sequence[Tensor] = ()
+) -> tuple[Factors, ...]:
     r"""Compute what a smoothing takes away from each of the matrices that one weight acts as.
 
     Args:
         parts: The matrices ``(..., m, n)``.
         smoothing: What is taken away.
         generator: Source of the random sketch.
+        levels: Of each part, the levels ``(...)`` of the ``baseline`` edge.
 
     Returns:
         A pair for each part.
@@ -42,10 +46,16 @@ def factors_of(parts: Sequence[Tensor], smoothing: Smoothing, generator: torch.G
     """
     if len(parts) > 1 and all(part.shape == parts[0].shape for part in parts):
         # What surrounds the linear algebra is paid once for all of them.
-        one = correction(torch.stack(tuple(parts)), smoothing, generator=generator)
+        leveled = _at(smoothing, torch.stack(tuple(levels))) if levels else smoothing
+        one = correction(torch.stack(tuple(parts)), leveled, generator=generator)
         return tuple(map(Factors, (one.U * one.d.unsqueeze(-2)).unbind(), one.Vh.unbind()))
-    found = [correction(part, smoothing, generator=generator) for part in parts]
+    each = [_at(smoothing, level) for level in levels] or [smoothing] * len(parts)
+    found = [correction(part, its, generator=generator) for part, its in zip(parts, each, strict=True)]
     return tuple(Factors(one.U * one.d.unsqueeze(-2), one.Vh) for one in found)
+
+
+def _at(smoothing: Smoothing, level: Tensor) -> Smoothing:
+    return replace(smoothing, edge=lambda W: level) if smoothing.edge == "baseline" else smoothing
 
 
 def factors_at(weight: Tensor, pair: Factors) -> Factors:

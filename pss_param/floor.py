@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The stable-rank floor: a detector that watches the weights instead of the gradient."""
+r"""The stable-rank floor: a detector that watches the weights instead of the gradient, and knows how they were."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,49 +9,61 @@ import torch
 from torch import Tensor, nn
 
 from pss_param.detector import Detector, Matrix, Verdict, WeightSource
+from pss_param.edges import init_level
 from pss_param.errors import ArgumentError
 from pss_param.estimate import stable_rank_estimates
 
 __all__ = ["StableRankFloor"]
 
-_STEPS = ("step", "fired", "seen", "elapsed")
+_STEPS = ("step", "fired", "seen", "elapsed", "until")
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 class StableRankFloor(Detector):
-    r"""Trigger for each weight whose stable rank falls below a fraction of its baseline.
+    r"""Trigger for each weight whose stable rank falls below a fraction of what it was, or whose norm leaps.
 
     .. math::
-        \operatorname{SR}(W_t) < \text{fraction} \cdot b_t, \qquad
-        \operatorname{SR}(W) = \lVert W \rVert_F^2 / \sigma_1^2, \qquad
+        \operatorname{SR}(W_t) < \text{fraction} \cdot b_t \quad \text{or} \quad
+        \sigma_1(W_t) > \text{growth} \cdot \ell_t, \qquad
+        \operatorname{SR}(W) = \lVert W \rVert_F^2 / \sigma_1^2,
+
+    .. math::
         b_{t+s} = \text{decay}^s\, b_t + (1 - \text{decay}^s)\, \operatorname{SR}(W_{t+s}), \quad
-        b_0 = \operatorname{SR}(W_0),
+        b_0 = \operatorname{SR}(W_0), \qquad \ell \text{ likewise of } \sigma_1,
 
     with :math:`W_0` the weights at the first step, so that what is loaded or initialised after attach is no collapse.
-    Healthy training lowers stable ranks over hundreds of steps, and the baseline follows; a deadly learning rate
-    lowers them within tens, and the baseline stays. It is never above the stable rank of independent entries,
-    ``m n / (sqrt(m) + sqrt(n))^2``: a matrix that starts orthogonal, or was smoothed to be so, falls that far in
-    health.
+    Healthy training lowers stable ranks and raises norms over hundreds of steps, and the baselines follow; a deadly
+    learning rate does it within tens, and they stay. :math:`b` is never above the stable rank of independent entries,
+    ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
+    was smoothed to be so, falls that far in health. A weight that starts as zeros has at least the :math:`\ell` of
+    PyTorch's ``Linear``.
 
     It sees what the gradient norm hides: at large learning rates without warm-up gradients only shrink while the
-    weights collapse. A weight that acts as several matrices (fused query/key/value, experts) is judged by the
-    one that lost most.
+    weights collapse, and Muon, whose updates have equal singular values, lets norms grow while stable ranks stay. A
+    weight that acts as several matrices (fused query/key/value, experts) is judged by the worst one.
+
+    **Alert.** After a trigger, its own or that of a detector beside it in :class:`pss_param.AnyOf`, it measures at
+    every step for ``alert`` steps, names every weight whose norm is above :math:`\ell` (``Verdict.held``: none of
+    these is a new trigger), and lets :math:`\ell` stay. With the edge ``baseline``, which smooths to :math:`\ell`,
+    the whole model is so held at the norms that it had in health, for as long as something goes on firing.
 
     At a measurement each weight is read twice: once for its norm and once for half an iteration of power
     iteration, started from the vector of the last time. Weights move little in between, so the vector
     stays converged; at the first step, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
-    from below, so a stable rank is never underestimated and no trigger is owed to the estimate.
+    from below, so neither trigger is owed to the estimate.
 
-    The defaults come from a post-LN GPT of the suite in ``examples/benchmarks``: a floor that stays where it was at
-    first cost 0.04 nats in 2,500 healthy steps, this one nothing measurable, and it learns at 32 times the rate.
+    The table of learning rates in ``examples/benchmarks/results/stability.md`` justifies the defaults: with other
+    edges it is ``pss-dominant`` and ``pss-mild`` there.
 
     Args:
         fraction: The floor as a fraction of the baseline, in (0, 1), dimensionless.
         period: The most steps between two measurements, at least 1. They are denser at first and after a trigger: one
             every ``clamp(steps since / 5, 1, period)`` steps.
-        decay: Of the baseline, per step, in (0, 1]. It starts as the stable rank at the first step and follows what is
-            measured above the floor; 1 leaves it there for ever.
+        decay: Of the baselines, per step, in (0, 1]. They start as what is measured at the first step; 1 leaves them
+            there for ever. A stable rank below the floor is not followed.
         seed: Seed of the start vectors.
+        alert: Steps after a trigger in which norms are held; 0 holds none.
+        growth: The norm that triggers, in baselines, above 1; infinity ignores norms.
 
     Raises:
         ArgumentError: If an argument is out of its range.
@@ -70,12 +82,23 @@ class StableRankFloor(Detector):
     """
 
     parts = 1
+    keeps_levels = True
     settle_iterations = 6
     """Full power iterations at the first look; the baseline's cap at a fresh stable rank hides what they leave."""
     denser = 5
     """Two looks lie apart by the steps since the start, or since a trigger, over this."""
+    slack = 1.05
+    """Norms this far above their baseline are let be: a smoothing to within 1 % of ``||W||_F`` is no closer."""
 
-    def __init__(self, fraction: float = 0.65, period: int = 25, decay: float = 0.99, seed: int = 0) -> None:
+    def __init__(
+        self,
+        fraction: float = 0.65,
+        period: int = 25,
+        decay: float = 0.99,
+        seed: int = 0,
+        alert: int = 20,
+        growth: float = 2.0,
+    ) -> None:
         super().__init__()
         if not 0 < fraction < 1:
             raise ArgumentError(f"fraction must lie in (0, 1), got {fraction}; 0.65 is the default")
@@ -83,15 +106,22 @@ class StableRankFloor(Detector):
             raise ArgumentError(f"period must be at least 1 step, got {period}")
         if not 0 < decay <= 1:
             raise ArgumentError(f"decay must lie in (0, 1], got {decay}; 0.99 is the default, 1 keeps the first value")
+        if alert < 0:
+            raise ArgumentError(f"alert must be at least 0 steps, got {alert}; 20 is the default")
+        if not growth > 1:
+            raise ArgumentError(f"growth must be above 1, got {growth}; 2 is the default, math.inf ignores growth")
         self.fraction, self.period, self.decay, self.seed = float(fraction), int(period), float(decay), int(seed)
+        self.alert, self.growth = int(alert), float(growth)
         self.names: tuple[str, ...] = ()
         self.owners: list[str] = []
+        self.places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
         self.sizes: list[tuple[int, int]] = []
         self.vectors: list[Tensor] = []
-        self.fresh = self.baseline = _NOTHING
+        self.fresh = self.usual = self.baseline = self.level = self._before = _NOTHING
         self.measured = self.on_left = False
-        # Steps: so far, at the last trigger, at the last measurement, and between that and the one before.
-        self.step = self.fired = self.seen = self.elapsed = 0
+        self._followed = 0
+        # Steps: so far, at the last trigger, at the last measurement, from the one before to it, at the alert's end.
+        self.step = self.fired = self.seen = self.elapsed = self.until = 0
 
     def bind(self, weights: WeightSource) -> None:
         r"""Learn names and shapes; values are measured at the first look, when the model is loaded and in its place.
@@ -101,23 +131,29 @@ class StableRankFloor(Detector):
         """
         current = weights()
         self.names, self.measured, self.on_left = tuple(current), False, False
-        self.step = self.fired = self.seen = self.elapsed = 0
+        self.step = self.fired = self.seen = self.elapsed = self.until = self._followed = 0
         self.owners = [name for name, parts in current.items() for part in parts for _ in range(_count(part))]
+        self.places = _places(current)
         matrices = [part for parts in current.values() for part in parts]
         self.sizes = [(part.shape[-2], part.shape[-1]) for part in matrices]
         self.vectors = [self._start(part) for part in matrices]
         fresh = [rank for part in matrices for rank in _fresh_ranks(part)]
         self.fresh = torch.tensor(fresh, dtype=torch.float64, device="cpu")
-        self.baseline = torch.zeros_like(self.fresh)
+        usual = [
+            level for part in matrices for level in [init_level(part.shape[-2], part.shape[-1], None)] * _count(part)
+        ]
+        self.usual = torch.tensor(usual, dtype=torch.float64, device="cpu")
+        self.baseline, self.level = torch.zeros_like(self.fresh), torch.zeros_like(self.fresh)
 
     def look(self, weights: WeightSource) -> list[Tensor]:
-        r"""Measure all stable ranks when it is time, one tensor for the whole model.
+        r"""Measure all stable ranks and norms when it is time, one tensor for the whole model.
 
         Args:
             weights: Returns the watched matrices by name.
 
         Returns:
-            One tensor: the current stable ranks in the order of ``names``, empty between two measurements.
+            One tensor: the current stable ranks in the order of ``names``, then the spectral norms; empty between two
+            measurements.
 
         Raises:
             ArgumentError: If the weights are not those of :meth:`bind`.
@@ -126,29 +162,61 @@ class StableRankFloor(Detector):
         return [self._measure(weights())] if self._is_time() else [_NOTHING]
 
     def judge(self, norm: float, seen: Sequence[Sequence[float]]) -> Verdict:
-        r"""Compare the measured stable ranks with the floor.
+        r"""Compare what was measured with the baselines.
 
         Args:
             norm: Not used.
             seen: What :meth:`look` measured.
 
         Returns:
-            The decision with the names of the weights below the floor.
+            The decision with the names of the weights to smooth.
         """
-        (ranks,) = seen
-        if not ranks:
+        (measured,) = seen
+        if not measured:
             return Verdict()
-        lowest = dict.fromkeys(self.names, math.inf)
-        for name, now, then in zip(self.owners, ranks, self.baseline.tolist(), strict=True):
-            lowest[name] = min(lowest[name], now / then if then > 0 else math.inf)
-        self._follow(torch.tensor(ranks, dtype=torch.float64, device="cpu"), self.elapsed)
-        low = tuple(name for name, value in lowest.items() if value < self.fraction)
-        if not low:
-            return Verdict()
-        self.fired = self.step
-        worst = min(low, key=lambda name: lowest[name])
-        reason = f"stable rank of {len(low)} weight(s) fell below {self.fraction:g} x its baseline"
-        return Verdict(True, low, reason=f"{reason} (lowest {lowest[worst]:.2f} x in {worst})")
+        ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
+        fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
+        fires, on_alert = (fall < self.fraction) | (rise > self.growth), self._on_alert
+        self._follow(ranks, norms, self.elapsed)
+        if bool(fires.any()):
+            self.fired = self.step
+            self.alarm()
+            return Verdict(True, self._owning(fires), reason=self._reason(self._owning(fires), fall, rise))
+        names = self._owning(rise > self.slack) if on_alert else ()
+        reason = f"on alert until step {self.until}: {len(names)} weight(s) above the baseline of their norm"
+        return Verdict(True, names, reason=reason, held=True) if names else Verdict()
+
+    def alarm(self) -> None:
+        r"""Begin an alert, or prolong it."""
+        if self._followed == self.step:
+            self.level = self._before  # what was measured together with a spike is not what is healthy
+        self.until = self.step + self.alert
+
+    def levels(self, name: str) -> tuple[Tensor, ...]:
+        r"""Tell the baselines of a weight's spectral norms.
+
+        Args:
+            name: The weight.
+
+        Returns:
+            Levels ``(...)`` for each of its matrices ``(..., m, n)``.
+        """
+        return tuple(self.level[start : start + math.prod(shape)].reshape(shape) for start, shape in self.places[name])
+
+    def _owning(self, chosen: Tensor) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name, one in zip(self.owners, chosen.tolist(), strict=True) if one))
+
+    def _reason(self, names: tuple[str, ...], fall: Tensor, rise: Tensor) -> str:
+        lowest, most = float(fall.min()), float(rise.max())
+        if lowest < self.fraction:
+            what = f"stable rank of {len(names)} weight(s) fell below {self.fraction:g} x its baseline"
+            return f"{what} (lowest {lowest:.2f} x in {self.owners[int(fall.argmin())]})"
+        what = f"spectral norm of {len(names)} weight(s) rose above {self.growth:g} x its baseline"
+        return f"{what} (most {most:.2f} x in {self.owners[int(rise.argmax())]})"
+
+    @property
+    def _on_alert(self) -> bool:
+        return self.step <= self.until
 
     @torch.no_grad()
     def _measure(self, current: Mapping[str, tuple[Matrix, ...]]) -> Tensor:
@@ -163,9 +231,10 @@ class StableRankFloor(Detector):
         return self._iterate(current)
 
     def _is_time(self) -> bool:
-        return self.step - self.seen >= max(1, min(self.period, (self.step - self.fired) // self.denser))
+        apart = max(1, min(self.period, (self.step - self.fired) // self.denser))
+        return self._on_alert or self.step - self.seen >= apart
 
-    def _follow(self, ranks: Tensor, elapsed: int) -> None:
+    def _follow(self, ranks: Tensor, norms: Tensor, elapsed: int) -> None:
         # A collapsed weight does not teach: its baseline stays, however often it is smoothed and collapses again.
         kept = self.decay**elapsed
         above = ranks >= self.fraction * self.baseline
@@ -173,6 +242,11 @@ class StableRankFloor(Detector):
         # A weight of zeros has no stable rank; it is watched from the first one that it has.
         known = torch.isfinite(self.baseline) & (self.baseline > 0)
         self.baseline = torch.minimum(torch.where(known, followed, ranks), self.fresh)
+        self._before, self._followed = self.level, self.step
+        if not self._on_alert:
+            healthy = _capped(norms, ranks, self.fresh).nan_to_num(0.0)
+            first = torch.where(healthy > 0, torch.maximum(healthy, self.usual), healthy)
+            self.level = torch.where(self.level > 0, kept * self.level + (1 - kept) * healthy, first)
 
     def _start(self, matrix: Matrix) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -181,32 +255,34 @@ class StableRankFloor(Detector):
 
     def _settle(self, current: Mapping[str, tuple[Matrix, ...]]) -> None:
         for _ in range(2 * self.settle_iterations):
-            ranks = self._iterate(current)
-        self.baseline, self.measured = torch.minimum(ranks.cpu(), self.fresh), True
+            seen = self._iterate(current)
+        ranks, norms = seen.cpu().view(2, -1).unbind()
+        self.baseline, self.measured = torch.minimum(ranks, self.fresh), True
+        self.level = _capped(norms, ranks, self.fresh).nan_to_num(0.0)
 
     def _iterate(self, current: Mapping[str, tuple[Matrix, ...]]) -> Tensor:
         # Vectors of length n are multiplied by W, those of length m by its transpose: half an iteration each.
         sides = [matrix.mT if self.on_left else matrix for matrices in current.values() for matrix in matrices]
-        ranks, self.vectors = stable_rank_estimates(sides, self.vectors)
+        ranks, norms, self.vectors = stable_rank_estimates(sides, self.vectors)
         self.on_left = not self.on_left
-        return ranks.double()
+        return torch.cat([ranks, norms]).double()
 
     def get_extra_state(self) -> dict[str, Any]:
-        r"""Hold the baseline and the warm vectors, without which a resumed run would measure other last bits.
+        r"""Hold the baselines and the warm vectors, without which a resumed run would measure other last bits.
 
         Sizes depend on the watched weights alone, so that the state of a guard that has not stepped yet can be the
         place into which ``torch.distributed.checkpoint`` loads one.
 
         Returns:
-            The baseline, the vectors by position, the side of the matrices that they belong to, and the steps.
+            The baselines, the vectors by position, the side of the matrices that they belong to, and the steps.
         """
         steps = {name: getattr(self, name) for name in _STEPS}
         flags = {"measured": int(self.measured), "on_left": int(self.on_left)}
         vectors = {str(i): vector for i, vector in enumerate(self._padded_vectors())}
-        return {**steps, **flags, "baseline": self.baseline.clone(), "vectors": vectors}
+        return {**steps, **flags, "baseline": self.baseline.clone(), "level": self.level.clone(), "vectors": vectors}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        r"""Take the baseline and the warm vectors back.
+        r"""Take the baselines and the warm vectors back.
 
         Args:
             state: What :meth:`get_extra_state` returned.
@@ -214,6 +290,8 @@ class StableRankFloor(Detector):
         Raises:
             ArgumentError: If it belongs to another set of weights.
         """
+        if "level" not in state:
+            raise ArgumentError("the saved detector has no baselines of norms, it is of an older version; begin anew")
         saved = [state["vectors"][str(i)] for i in range(len(state["vectors"]))]
         if [vector.shape for vector in saved] != [vector.shape for vector in self._padded_vectors()]:
             raise ArgumentError(
@@ -223,7 +301,7 @@ class StableRankFloor(Detector):
         self.measured, self.on_left = bool(state["measured"]), bool(state["on_left"])
         rows = [m if self.on_left else n for m, n in self.sizes]
         self.vectors = [old[..., :row, :].clone() for old, row in zip(saved, rows, strict=True)]
-        self.baseline = state["baseline"].detach().to("cpu", copy=True)
+        self.baseline, self.level = (state[name].detach().to("cpu", copy=True) for name in ("baseline", "level"))
         for name in _STEPS:
             setattr(self, name, int(state[name]))
 
@@ -239,7 +317,28 @@ class StableRankFloor(Detector):
         Returns:
             The settings as they are passed to the constructor.
         """
-        return f"fraction={self.fraction:g}, period={self.period}, decay={self.decay:g}"
+        return f"fraction={self.fraction:g}, period={self.period}, decay={self.decay:g}, alert={self.alert}"
+
+
+def _places(weights: Mapping[str, tuple[Matrix, ...]]) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+    """Where the numbers of each of a weight's matrices begin, and their shape."""
+    places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    start = 0
+    for name, parts in weights.items():
+        for part in parts:
+            places.setdefault(name, []).append((start, tuple(part.shape[:-2])))
+            start += _count(part)
+    return places
+
+
+def _quotients(now: Tensor, then: Tensor) -> Tensor:
+    """How many times what it was; 1 where there is nothing to compare with."""
+    return torch.where((then > 0) & torch.isfinite(now), now / then, 1.0)
+
+
+def _capped(norms: Tensor, ranks: Tensor, fresh: Tensor) -> Tensor:
+    """Spectral norms; of a matrix that looks flatter than independent entries are, the norm of such a one."""
+    return norms * (ranks / fresh).clamp_min(1).sqrt()
 
 
 def _count(matrix: Matrix) -> int:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from pss_param.announcing import Announcer
 from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_traced
 from pss_param.detector import Detector, Matrix, Verdict
+from pss_param.edges import FIXED_EDGES
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
 from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
@@ -61,7 +62,7 @@ class Guard:
         policy: What happens besides smoothing.
         views: The views by weight name.
         steps: Steps taken.
-        triggers: Steps at which gates were opened.
+        triggers: Steps at which the detector found something new, and gates were opened.
         nonfinite: Non-finite gradient norms in a row, up to now.
         resting: Steps left in which triggers are held back.
     """
@@ -77,6 +78,7 @@ class Guard:
         for name, holders in self._slots.items():
             view = self.views[name] = view_at(holders[0])
             view.opened, view.tag = self._opened, self._tag
+        self._holds = next(iter(self.views.values())).smoothing.edge in FIXED_EDGES
         self._first = next(iter(self._slots.values()))[0]
         self._placed = self._first.views
         self.steps = self.triggers = self.nonfinite = self.resting = 0
@@ -136,6 +138,8 @@ class Guard:
             return self._tell(self._skip_nonfinite(value))
         self.nonfinite = 0
         verdict = self.detector.judge(value, seen)
+        if verdict.held and not self._holds:
+            verdict = Verdict(ratio=verdict.ratio)
         if not verdict.triggered and not self.resting:
             return Event(self.steps, False, value, verdict.ratio)
         return self._tell(self._act(value, verdict))
@@ -372,20 +376,23 @@ class Guard:
 
     def _act(self, norm: float, verdict: Verdict) -> Event:
         resting, self.resting = self.resting, max(0, self.resting - 1)
-        if not verdict.triggered or resting:
+        if not verdict.triggered or (resting and not verdict.held):
             held = f"held back, cooldown: {verdict.reason}" if verdict.triggered else ""
             return Event(self.steps, False, norm, verdict.ratio, held)
         names = tuple(self.views) if verdict.names is None else verdict.names
-        views = [self.views[name] for name in names]
-        self._open(views)
+        self._open([self.views[name] for name in names])
+        dropped = False if verdict.held else self._count_trigger(norm, verdict)
+        return Event(self.steps, True, norm, verdict.ratio, verdict.reason, names, dropped, verdict.held)
+
+    def _count_trigger(self, norm: float, verdict: Verdict) -> bool:
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
-        dropped = treat_gradient(self.model, self.policy, norm, verdict.limit)
-        return Event(self.steps, True, norm, verdict.ratio, verdict.reason, names, dropped)
+        return treat_gradient(self.model, self.policy, norm, verdict.limit)
 
     def _open(self, views: Sequence[SmoothingView]) -> None:
         prepare = self.policy.prepare
         eager = prepare == "eager" or (prepare == "auto" and self._is_compiled())
-        self._padded_rank = open_views(self.model, self._slots, views, eager, self._padded_rank)
+        leveled = {view: self.detector.levels(view.label) for view in views}
+        self._padded_rank = open_views(self.model, self._slots, leveled, eager, self._padded_rank)
         if eager:
             stand_by(self.model, self._slots, self.views.values(), self._padded_rank)
 

@@ -8,9 +8,9 @@ read the weights, all gates move together: those that are not to be smoothed sta
 program then has one graph for closed gates and one for open ones, and a weight that stands by is never written.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from pss_param.resharding import ThinSaving, reshard, resting_layout
 from pss_param.slot import Slot
@@ -22,7 +22,7 @@ __all__ = ["open_views", "stand_by"]
 def open_views(
     model: nn.Module,
     slots: Mapping[str, list[Slot]],
-    views: Sequence[SmoothingView],
+    views: Mapping[SmoothingView, tuple[Tensor, ...]],
     eager: bool,
     padded_rank: int,
 ) -> int:
@@ -31,7 +31,7 @@ def open_views(
     Args:
         model: The guarded model.
         slots: Where each view sits, by its label.
-        views: Those to open.
+        views: Those to open, with their levels if the detector keeps any.
         eager: Whether to compute directions now; then call :func:`stand_by` too.
         padded_rank: The rank that prepared factors had so far.
 
@@ -39,8 +39,8 @@ def open_views(
         The rank they have now: one for all views, a power of two that only grows, since every change is a new graph.
     """
     reshard(model)
-    for view in views:
-        view.open()
+    for view, levels in views.items():
+        view.open(levels)
         slot = slots[view.label][0]
         view.resting = resting_layout(model, slot.module, slot.weight)
     if not eager:

@@ -20,6 +20,8 @@ Edges (:data:`EDGES`); the formulas other than ``dominant`` are ours:
     the spectral norm of a fresh matrix of this shape, ``(sqrt(m) + sqrt(n)) * std``.
 ``reference``
     the same weight's ``S[0]`` in a healthy checkpoint.
+``baseline``
+    the same weight's ``S[0]`` while the run was healthy, as a detector remembers it: in a live run only.
 
 Where the edge comes out as zero (rank-deficient matrices have no bulk; an exactly low-rank one has ``S[k] = 0``)
 there is no level to come down to, only annihilation; such a matrix is left as it is and ``Correction.edge`` is 0.
@@ -33,7 +35,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pss_param.edges import EDGES, EdgeFunction, init_level
+from pss_param.edges import LIVE_EDGES, EdgeFunction, init_level
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.lowrank import Correction
 from pss_param.shapes import SHAPES, ShapeFunction, clip
@@ -50,7 +52,7 @@ class Smoothing:
     Attributes:
         shape: a name of :data:`SHAPES`, ``"equal"``, ``"noise"``, or a callable ``f(S, edge) -> S`` on descending
             values ``(k,)``.
-        edge: a name of :data:`EDGES`, or a callable from matrices ``(..., m, n)`` to levels ``(...)``.
+        edge: a name of :data:`LIVE_EDGES`, or a callable from matrices ``(..., m, n)`` to levels ``(...)``.
         rank: fixes ``k`` of the ``dominant`` edge; ``None`` means ``floor(SR)``.
         init_std: standard deviation of a fresh weight for ``init`` and ``mild``; ``None`` means PyTorch's ``Linear``,
             ``1 / sqrt(3 n)``.
@@ -78,8 +80,8 @@ class Smoothing:
             raise ArgumentError(
                 f"smoothing must be one of {', '.join(names)} or a callable f(S, edge), got {self.shape!r}"
             )
-        if not callable(self.edge) and self.edge not in EDGES:
-            raise ArgumentError(f"edge must be one of {', '.join(EDGES)} or a callable, got {self.edge!r}")
+        if not callable(self.edge) and self.edge not in LIVE_EDGES:
+            raise ArgumentError(f"edge must be one of {', '.join(LIVE_EDGES)} or a callable, got {self.edge!r}")
         if self.rank is not None and self.edge != "dominant":
             raise ArgumentError(f"rank fixes k of the 'dominant' edge, got edge {self.edge!r}; drop one of the two")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
@@ -104,12 +106,18 @@ class Smoothing:
             The level, in the units of the weight.
 
         Raises:
-            ArgumentError: ``edge="reference"`` without ``reference``, or an edge that depends on the matrix.
+            ArgumentError: ``edge="reference"`` without ``reference``, ``edge="baseline"`` outside of a live run, or an
+                edge that depends on the matrix.
         """
         if self.edge == "init":
             return init_level(m, n, self.init_std)
         if self.edge == "reference" and self.reference is not None:
             return self.reference
+        if self.edge == "baseline":
+            raise ArgumentError(
+                "edge='baseline' is what a detector remembers of a live run; for a matrix by itself use 'init' or "
+                "'reference'"
+            )
         raise ArgumentError("edge='reference' needs the healthy weight's spectral norm; pass Smoothing(reference=...)")
 
 

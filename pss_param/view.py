@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pss_param.compiled import note_traced
-from pss_param.errors import NonFiniteError, StateError
+from pss_param.errors import ArgumentError, NonFiniteError, StateError
 from pss_param.factors import Factors, factors_at, factors_of, no_change, padded
 from pss_param.matricize import Matricization
 from pss_param.pending import PendingReads
@@ -90,6 +90,7 @@ class SmoothingView(nn.Module):
         self.openings = 0
         self.was_read = False
         self.factors: tuple[Factors, ...] | None = None
+        self.levels: tuple[Tensor, ...] = ()
         self.pending = PendingReads()
         self.resting: Layout | None = None
         self.thin: ThinSaving | None = None
@@ -149,17 +150,26 @@ class SmoothingView(nn.Module):
         """
         return weight
 
-    def open(self) -> None:
+    def open(self, levels: tuple[Tensor, ...] = ()) -> None:
         r"""Open the gate: the next read smooths.
+
+        Args:
+            levels: What the ``baseline`` edge brings each of the weight's matrices ``(..., m, n)`` to, ``(...)`` each.
 
         Raises:
             StateError: If the gate is open already or a backward pass is running.
+            ArgumentError: If the edge is ``baseline`` and no levels are given.
         """
         refuse_inside_backward("a gate cannot be opened")
+        if self.smoothing.edge == "baseline" and not levels:
+            raise ArgumentError(
+                f"the baseline of {self.label} is in the detector; open it with guard.preview(), or pass "
+                f"open(guard.detector.levels({self.label!r}))"
+            )
         if self.is_open:
             raise StateError(f"the gate of {self.label} is open already; fold or discard it first")
         self.is_open = self.is_read = True
-        self.factors = None
+        self.factors, self.levels = None, levels
         self.opened.add(self.label)
 
     def stand_by(self, weight: Tensor, rank: int) -> None:
@@ -215,7 +225,7 @@ class SmoothingView(nn.Module):
 
     def close(self) -> None:
         r"""Close the gate and forget the directions, whatever is pending: the weight was replaced from outside."""
-        self.is_open, self.is_read, self.was_read, self.factors = False, False, False, None
+        self.is_open, self.is_read, self.was_read, self.factors, self.levels = False, False, False, None, ()
         self.opened.discard(self.label)
         self.pending = PendingReads()
         self.resting = None
@@ -321,7 +331,7 @@ class SmoothingView(nn.Module):
             generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
             try:
                 parts = self._matrices(weight.detach())
-                return factors_of(parts, self.smoothing, generator)
+                return factors_of(parts, self.smoothing, generator, self.levels)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self.label} cannot be smoothed: {error}") from error
 

@@ -38,6 +38,7 @@ RIVALS = (
     "pss-floor",
     "pss-bulk",
     "pss-init",
+    "pss-dominant",
     "pss-mild",
     "pss-softplus",
     "pss-log",

@@ -94,7 +94,8 @@ def _fired_by(detector: Callable[[], pss.Detector]) -> Callable[[], Guarded]:
 FORMS: dict[str, Callable[[], Guarded]] = {
     # As a user types it, and as published: GradientNormRatio(2.5), clip, dominant edge, every block matrix.
     "pss-default": Guarded,
-    # The same where what a fresh matrix has is left alone: what false alarms cost, and what they are good for.
+    # The same detector with edges that nothing is held at: the published one, and what a fresh matrix has if above.
+    "pss-dominant": lambda: Guarded(edge="dominant"),
     "pss-mild": lambda: Guarded(edge="mild"),
     "pss-published": _published,
     # Other shapes at the same edge.
