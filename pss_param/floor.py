@@ -176,12 +176,12 @@ class StableRankFloor(Detector):
             return Verdict()
         ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
         fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
-        fires, on_alert = (fall < self.fraction) | (rise > self.growth), self._on_alert
+        fallen, on_alert = self._owning((fall < self.fraction) | (rise > self.growth)), self._on_alert
         self._follow(ranks, norms, self.elapsed)
-        if bool(fires.any()):
+        if fallen:
             self.fired = self.step
             self.alarm()
-            return Verdict(True, self._owning(fires), reason=self._reason(self._owning(fires), fall, rise))
+            return Verdict(True, fallen, reason=self._reason(len(fallen), fall.tolist(), rise.tolist()))
         names = self._owning(rise > self.slack) if on_alert else ()
         reason = f"on alert until step {self.until}: {len(names)} weight(s) above the baseline of their norm"
         return Verdict(True, names, reason=reason, held=True) if names else Verdict()
@@ -206,13 +206,13 @@ class StableRankFloor(Detector):
     def _owning(self, chosen: Tensor) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name, one in zip(self.owners, chosen.tolist(), strict=True) if one))
 
-    def _reason(self, names: tuple[str, ...], fall: Tensor, rise: Tensor) -> str:
-        lowest, most = float(fall.min()), float(rise.max())
+    def _reason(self, count: int, fall: list[float], rise: list[float]) -> str:
+        lowest, most = min(fall), max(rise)
         if lowest < self.fraction:
-            what = f"stable rank of {len(names)} weight(s) fell below {self.fraction:g} x its baseline"
-            return f"{what} (lowest {lowest:.2f} x in {self.owners[int(fall.argmin())]})"
-        what = f"spectral norm of {len(names)} weight(s) rose above {self.growth:g} x its baseline"
-        return f"{what} (most {most:.2f} x in {self.owners[int(rise.argmax())]})"
+            what = f"stable rank of {count} weight(s) fell below {self.fraction:g} x its baseline"
+            return f"{what} (lowest {lowest:.2f} x in {self.owners[fall.index(lowest)]})"
+        what = f"spectral norm of {count} weight(s) rose above {self.growth:g} x its baseline"
+        return f"{what} (most {most:.2f} x in {self.owners[rise.index(most)]})"
 
     @property
     def _on_alert(self) -> bool:

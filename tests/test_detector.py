@@ -136,11 +136,15 @@ def test_floor_tracks_the_stable_rank_from_above(dtype):
     for _ in range(30):
         weights["a"][0].add_(direction.to(dtype))
         (measured,) = detector.look(lambda: weights)
-    assert measured.shape == (4,)
-    exact = [exact_stable_rank(weights["a"][0])] + [exact_stable_rank(one) for one in weights["b"][0]]
+    ranks, norms = measured.view(2, 4).tolist()
+    every = [weights["a"][0], *weights["b"][0]]
+    exact = [exact_stable_rank(one) for one in every]
     loose = 0.03 if dtype == torch.bfloat16 else 1e-4
-    for estimate, truth in zip(measured.tolist(), exact, strict=True):
+    for estimate, truth in zip(ranks, exact, strict=True):
         assert truth * (1 - loose) <= estimate <= truth * 1.15
+    for estimate, one in zip(norms, every, strict=True):
+        truth = float(torch.linalg.matrix_norm(one.double(), 2))
+        assert truth * 0.93 <= estimate <= truth * (1 + loose)
     assert measured[0].item() == pytest.approx(exact[0], rel=0.02)  # a separated value is found exactly
 
 
@@ -359,3 +363,113 @@ def test_floor_lets_an_orthogonal_matrix_become_an_ordinary_one():
     assert detector.baseline.tolist() == pytest.approx([16.0])
     weights["a"][0].copy_(torch.randn(64, 64) / 8)
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 30))
+
+
+def settled(weights, **options):
+    detector = StableRankFloor(**options)
+    detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
+    return detector
+
+
+def norm_of(matrix):
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+def test_the_level_of_a_weight_is_its_norm_and_follows_slow_growth():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    detector = settled(weights, period=1)
+    assert float(detector.levels("a")[0]) == pytest.approx(norm_of(weights["a"][0]), rel=0.1)
+    for _ in range(500):
+        weights["a"][0].mul_(1.004)
+        assert not run_floor(detector, weights, 1)[0].triggered
+    now = norm_of(weights["a"][0])
+    assert 0.6 * now < float(detector.levels("a")[0]) < now
+
+
+def test_a_norm_that_leaps_fires_whatever_the_stable_rank_does():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
+    detector = settled(weights, period=1)
+    weights["b"][0].mul_(2.5)
+    (verdict,) = run_floor(detector, weights, 1)
+    assert (verdict.triggered, verdict.names, verdict.held) == (True, ("b",), False)
+    assert "spectral norm of 1 weight(s) rose above 2 x its baseline" in verdict.reason
+    calm = settled(weights, period=1, growth=math.inf)
+    weights["b"][0].mul_(2.5)
+    assert not run_floor(calm, weights, 1)[0].triggered
+
+
+def test_an_alert_looks_at_every_step_holds_what_rises_and_learns_nothing():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
+    detector = settled(weights, alert=4)
+    run_floor(detector, weights, 300)
+    level = detector.level.clone()
+    detector.alarm()
+    weights["b"][0].mul_(1.3)
+    verdicts = run_floor(detector, weights, 4)
+    assert [(v.triggered, v.held, v.names) for v in verdicts] == [(True, True, ("b",))] * 4
+    assert torch.equal(detector.level, level)
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 100))
+    assert float(detector.levels("b")[0]) > 1.1 * float(level[1])
+
+
+def test_what_is_measured_together_with_a_spike_is_not_learnt():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    both = AnyOf(GradientNormRatio(settle=2), StableRankFloor(period=1))
+    both.bind(lambda: weights)
+    for norm in (1.0, 1.0, 1.0):
+        both.judge(norm, [look.tolist() for look in both.look(lambda: weights)])
+    level = both.levels("a")[0].clone()
+    weights["a"][0].mul_(1.5)
+    verdict = both.judge(9.0, [look.tolist() for look in both.look(lambda: weights)])
+    assert (verdict.names, verdict.held) == (None, False)
+    assert torch.equal(both.levels("a")[0], level)
+    verdict = both.judge(1.0, [look.tolist() for look in both.look(lambda: weights)])
+    assert (verdict.names, verdict.held) == (("a",), True)
+    assert "on alert until step 24" in verdict.reason
+
+
+def test_levels_come_in_the_shapes_of_the_matrices_and_not_below_fresh_ones():
+    torch.manual_seed(0)
+    weights = {"a": (torch.linalg.qr(torch.randn(16, 16)).Q,), "b": (torch.randn(2, 3, 8, 4), torch.zeros(8, 4))}
+    detector = settled(weights, period=1)
+    one, several, zeros = *detector.levels("a"), *detector.levels("b")
+    assert (one.shape, several.shape, zeros.shape) == ((), (2, 3), ())
+    assert float(one) == pytest.approx(2.0, rel=1e-3)  # of independent entries with that Frobenius norm
+    assert float(zeros) == 0.0
+    weights["b"][1].copy_(1e-6 * torch.randn(8, 4))
+    run_floor(detector, weights, 1)
+    assert float(detector.levels("b")[1]) == pytest.approx((8**0.5 + 4**0.5) / (3 * 4) ** 0.5)  # torch's Linear
+
+
+def test_a_resumed_alert_goes_on_to_the_same_step():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    saved, resumed = settled(weights, alert=6), StableRankFloor(alert=6)
+    weights["a"][0].mul_(2.5)
+    run_floor(saved, weights, 12)
+    resumed.bind(lambda: weights)
+    resumed.load_state_dict(saved.state_dict())
+    weights["a"][0].mul_(0.5)
+    assert run_floor(saved, weights, 40) == run_floor(resumed, weights, 40)
+    assert torch.equal(saved.level, resumed.level)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"alert": -1}, "alert must be"), ({"growth": 1.0}, "growth must be")]
+)
+def test_floor_refuses_values_out_of_range(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        StableRankFloor(**options)
+
+
+def test_a_state_without_norms_is_refused_in_words():
+    weights = {"a": (torch.eye(8),)}
+    detector = settled(weights)
+    state = {key: value for key, value in detector.get_extra_state().items() if key != "level"}
+    with pytest.raises(ArgumentError, match="older version"):
+        detector.set_extra_state(state)

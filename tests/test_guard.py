@@ -14,10 +14,12 @@ from pss_param import compiled
 from pss_param.attaching import attach
 from pss_param.detector import AnyOf, Detector, GradientNormRatio, Verdict
 from pss_param.errors import ArgumentError, NonFiniteError, StateError
+from pss_param.factors import factors_of
 from pss_param.floor import StableRankFloor
 from pss_param.guard import detach
 from pss_param.policy import GuardPolicy
 from pss_param.smoothing import Smoothing
+from pss_param.spectrum import spectral_norm
 from pss_param.targets import TargetRules
 
 
@@ -627,7 +629,7 @@ def test_a_resumed_run_knows_that_its_model_was_compiled(monkeypatch):
 
 def test_views_opened_by_hand_count_as_open():
     model = net()
-    guard = attach(model)
+    guard = attach(model, edge="dominant")
     guard.views[NAMES[2]].open()
     assert guard.is_open
     loss_of(model).backward()
@@ -683,3 +685,80 @@ def test_views_that_stand_by_are_closed_for_everyone_but_the_compiler():
     assert same(before, snapshot(model))
     guard.discard()
     assert not any(view.is_read for view in guard.views.values())
+
+
+def test_the_edge_follows_from_what_the_detector_keeps():
+    def edge_of(**options):
+        with attach(net(), **options) as guard:
+            return next(iter(guard.views.values())).smoothing.edge
+
+    assert edge_of() == "baseline"
+    assert edge_of(detector=StableRankFloor()) == "baseline"
+    assert edge_of(detector=GradientNormRatio()) == "dominant"
+    assert edge_of(edge="dominant") == "dominant"
+    assert edge_of(smoothing="log") == "baseline"
+    with pytest.raises(ArgumentError, match="needs a detector that remembers healthy norms, got GradientNormRatio"):
+        attach(net(), edge="baseline", detector=GradientNormRatio())
+    with pytest.raises(ArgumentError, match="use 'init' or 'reference'"):
+        Smoothing(edge="baseline").level(3, 4)
+
+
+def events_of(model, guard, optimizer, steps):
+    events = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        events.append(guard.step())
+        optimizer.step()
+    return events
+
+
+def spiked(model, name, factor):
+    with torch.no_grad():
+        weight = model.get_parameter(name)
+        left, right = torch.randn(weight.shape[0]), torch.randn(weight.shape[1])
+        weight.add_(factor * torch.outer(left / left.norm(), right / right.norm()))
+        return float(torch.linalg.matrix_norm(weight, 2))
+
+
+def test_after_a_trigger_weights_are_held_at_their_healthy_norm():
+    model = net(width=32)
+    guard = attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    events_of(model, guard, optimizer, 3)
+    healthy = {name: float(guard.detector.levels(name)[0]) for name in NAMES}
+    broken = spiked(model, NAMES[0], 4.0)
+    events = events_of(model, guard, optimizer, 6)  # the power iteration turns to the new direction in a few of them
+    assert next(event.held for event in events if event.triggered) is False
+    whole = float(torch.linalg.matrix_norm(model.get_parameter(NAMES[0]).detach()))
+    now = spectral_norm(model.get_parameter(NAMES[0]).detach())
+    assert broken > 2.5 * healthy[NAMES[0]]
+    assert float(now) == pytest.approx(healthy[NAMES[0]], abs=0.01 * whole)
+    spiked(model, NAMES[1], 0.6 * healthy[NAMES[1]])  # less than a trigger takes, more than an alert lets be
+    held = events_of(model, guard, optimizer, 8)
+    assert any(event.held and NAMES[1] in event.smoothed for event in held)
+    assert guard.triggers == sum(event.triggered and not event.held for event in [*events, *held])
+    assert float(spectral_norm(model.get_parameter(NAMES[1]).detach())) < 1.1 * healthy[NAMES[1]]
+
+
+def test_nothing_is_held_at_an_edge_that_moves_with_the_matrix():
+    model = net(width=32)
+    guard = attach(model, edge="dominant")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    events_of(model, guard, optimizer, 3)
+    spiked(model, NAMES[0], 4.0)
+    events = events_of(model, guard, optimizer, 10)
+    assert any(event.triggered for event in events)
+    assert not any(event.held for event in events)
+
+
+def test_each_matrix_of_a_fused_weight_comes_down_to_its_own_level():
+    torch.manual_seed(0)
+    parts = [torch.randn(8, 8) * scale for scale in (1.0, 2.0, 4.0)]
+    levels = [torch.linalg.matrix_norm(part, 2) * 0.7 for part in parts]
+    smoothing = Smoothing(edge="baseline", tol=1e-5)
+    for pieces, whole in ((parts, levels), ([*parts, torch.randn(4, 8)], [*levels, torch.tensor(0.0)])):
+        factors = factors_of(pieces, smoothing, torch.Generator(), whole)
+        for part, level, pair in zip(parts, levels, factors, strict=False):
+            assert float(torch.linalg.matrix_norm(part - pair.left @ pair.right, 2)) == pytest.approx(float(level))
+        assert not factors[-1].left.any() or len(pieces) == 3

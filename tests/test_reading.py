@@ -180,8 +180,8 @@ def test_measurements_are_read_together_with_the_norm():
     _, guard = guarded(AnyOf(GradientNormRatio(settle=2), StableRankFloor(period=1)))
     looks = guard.detector.look(guard._matrices)
     with Reads() as seen:
-        norm, (ranks,) = read_now(torch.tensor(2.0), looks)
-    assert (norm, len(ranks)) == (2.0, 2)
+        norm, (measured,) = read_now(torch.tensor(2.0), looks)
+    assert (norm, len(measured)) == (2.0, 4)  # stable ranks, then norms
     assert len(seen.read) == 1
 
 
