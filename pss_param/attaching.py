@@ -42,11 +42,13 @@ def attach(
             ``fully_shard`` or ``parallelize_module``.
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
-        edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
-            ``"mild"`` makes false alarms cheaper and keeps fewer runs alive at the largest learning rates.
+        edge: The level to which dominant values are brought. None for what ``smoothing`` says, else for ``"baseline"``
+            (the norm that the weight had in health) where the detector remembers it, as the default one does, else
+            for ``"dominant"``, the published one.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
-            where gradients only shrink, and one that sees weights collapse. The table of learning rates in
-            ``examples/benchmarks/results/stability.md`` has it beside its parts (``pss-published``) and the edges.
+            where gradients only shrink, and one that sees weights collapse or grow. In
+            ``examples/benchmarks/results/stability.md`` the default (``pss-default``) stands beside the published
+            form (``pss-published``) and this detector with other edges (``pss-dominant``, ``pss-mild``).
         policy: None for :class:`GuardPolicy` with its defaults.
 
     Returns:

@@ -734,7 +734,7 @@ def test_after_a_trigger_weights_are_held_at_their_healthy_norm():
     now = spectral_norm(model.get_parameter(NAMES[0]).detach())
     assert broken > 2.5 * healthy[NAMES[0]]
     assert float(now) == pytest.approx(healthy[NAMES[0]], abs=0.01 * whole)
-    spiked(model, NAMES[1], 0.6 * healthy[NAMES[1]])  # less than a trigger takes, more than an alert lets be
+    spiked(model, NAMES[1], 1.1 * healthy[NAMES[1]])  # less than a trigger takes, more than an alert lets be
     held = events_of(model, guard, optimizer, 8)
     assert any(event.held and NAMES[1] in event.smoothed for event in held)
     assert guard.triggers == sum(event.triggered and not event.held for event in [*events, *held])

@@ -28,7 +28,7 @@ def section(results: Mapping[str, Any]) -> str:
     """
     rows = [_HEAD, ["---"] * len(_HEAD), *(_row(line) for line in results["lines"])]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\n{_observed(results['run'])}\n"
+    return f"{table}\n\n{_observed(results['run'])} {_alarmed(results['alarmed'])}\n"
 
 
 def _row(line: Mapping[str, Any]) -> list[str]:
@@ -49,6 +49,14 @@ def _observed(run: Mapping[str, Any]) -> str:
         f"Observed: {run['triggers']} triggers in {run['steps']} steps of the first one at a learning rate of "
         f"{run['learning_rate']:g} under the default detector; the guard took {_percent(run['guard_share'])} of their "
         "time, the denser looks of its beginning included."
+    )
+
+
+def _alarmed(run: Mapping[str, Any]) -> str:
+    return (
+        f"With {run['triggers']} triggers in {run['steps']} of its steps, all forced at the published rate, and "
+        f"{100 * run['held_share']:.0f} % of the weights held in the steps of their alerts, it took "
+        f"{_percent(run['guard_share'])}."
     )
 
 

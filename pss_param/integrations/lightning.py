@@ -51,7 +51,7 @@ class PSSCallback(Callback):
     Args:
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`pss_param.Smoothing`.
-        edge: The level to which dominant values are brought; None for ``"dominant"`` or what ``smoothing`` says.
+        edge: The level to which dominant values are brought; None as in :func:`pss_param.attach`.
         detector: None for the default of :func:`pss_param.attach`.
         policy: None for :class:`pss_param.GuardPolicy` with its defaults.
 

@@ -45,17 +45,29 @@ def test_every_size_and_mode_was_measured():
     assert STORED["run"]["steps"] >= 300
 
 
-@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_a_line_has_all_figures(monkeypatch, mode):
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
     monkeypatch.setitem(overhead.SIZES, "tiny", overhead.Size(16, 1, 2, 8, 2, 32))
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_line_has_all_figures(mode):
     run = overhead.observe("tiny", "cpu", steps=12)
     assert 0 < run["guard_seconds"]
     assert run["rate"] == run["triggers"] / 12
-    line = overhead.measure("tiny", "cpu", mode, rounds=2, rate=0.01)
+    line = overhead.measure("tiny", "cpu", mode, rounds=2, run=run, alarmed=run)
     assert set(line) == set(STORED["lines"][0])
     assert line["weights"] == 4
     assert line["total_share_observed"] > line["quiet_guard_share"] > 0
 
 
 def test_looks_are_those_of_the_detector():
-    assert overhead.looks_of_a_run(1) > overhead.looks_of_a_run(0) > overhead.WHOLE_RUN / 25
+    none, one = overhead.looks_of_a_run(0), overhead.looks_of_a_run(1)
+    assert one > overhead.looks_of_a_run(1, own=False) > none > overhead.WHOLE_RUN / 25
+    assert one < none + 60
+
+
+def test_false_alarms_come_at_the_published_rate():
+    run = overhead.observe("tiny", "cpu", 401, overhead.alarming())
+    assert run["triggers"] == 1
+    assert 0 <= run["held_share"] <= 1

@@ -80,7 +80,7 @@ class Pair(nn.Module):
         return self.down(self.up(x))
 
 
-def traffic_of_directions(stack: str) -> list[int]:
+def traffic_of_directions(stack: str, edge: str) -> list[int]:
     """Elements per collective of a fold that nobody has read before: it has to find the directions on the shards."""
     model = Pair()
     mesh = init_device_mesh("cpu", (2,))
@@ -88,17 +88,19 @@ def traffic_of_directions(stack: str) -> list[int]:
         fully_shard(model, mesh=mesh)
     else:
         parallelize_module(model, mesh, PLAN)
-    guard = attach(model, targets="all")
-    for view in guard.views.values():
-        view.open()
+    guard = attach(model, targets="all", edge=edge)
+    guard.step(1.0)
+    for name, view in guard.views.items():
+        view.open(tuple(level / 4 for level in guard.detector.levels(name)))  # heeded at the edge baseline only
     with Traffic() as traffic:
         guard.fold()
     return traffic.sizes
 
 
+@pytest.mark.parametrize("edge", ["dominant", "baseline"])
 @pytest.mark.parametrize("stack", ["fsdp", "tp"])
-def test_directions_of_shards_cost_tall_and_skinny_blocks(two_ranks: Ranks, stack: str) -> None:
-    for sizes in two_ranks(traffic_of_directions, stack):
+def test_directions_of_shards_cost_tall_and_skinny_blocks(two_ranks: Ranks, stack: str, edge: str) -> None:
+    for sizes in two_ranks(traffic_of_directions, stack, edge):
         assert sizes, "this test no longer measures anything"
         assert max(sizes) <= 32 * INNER, "blocks of a few columns"
         assert max(sizes) <= WIDTH * INNER / 8

@@ -202,13 +202,15 @@ class Wide(torch.nn.Module):
         return x
 
 
-def peaks() -> dict:
+def peaks(edge: str) -> dict:
     """Bytes of a step over its start, as the profiler hears from the allocator: closed, open, open without recipes."""
     model = Wide()
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    guard = attach(model, targets="all")
+    guard = attach(model, targets="all", edge=edge)
+    guard.step(1.0)
+    guard.detector.members[1].level.mul_(0.8)  # so that both edges have something to take away
     x = torch.randn(4, 256)
     outcome = {"weight": 4 * 256 * 256}
     _bytes(model, x)
@@ -254,8 +256,9 @@ def _gradients(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return grads
 
 
-def test_an_open_view_does_not_defeat_resharding(two_ranks: Ranks) -> None:
-    for outcome in two_ranks(peaks):
+@pytest.mark.parametrize("edge", ["dominant", "baseline"])
+def test_an_open_view_does_not_defeat_resharding(two_ranks: Ranks, edge: str) -> None:
+    for outcome in two_ranks(peaks, edge):
         print(outcome)
         (held, peak), (thick_held, thick_peak) = (
             [(now - before) / outcome["weight"] for now, before in zip(outcome[how], outcome["closed"], strict=True)]
