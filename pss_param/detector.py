@@ -43,11 +43,12 @@ class Verdict(NamedTuple):
         ratio: Gradient norm over its running average, dimensionless; NaN when the detector keeps none.
         reason: One clause for people; empty when nothing triggered.
         limit: The smallest gradient norm that would have triggered; infinite when no norm would.
-        held: Whether nothing new happened, and weights are only held at what an earlier trigger brought them to.
+        held: Weights that an earlier trigger brought down and that rise again: to be smoothed too, and no trigger,
+            where the edge is a level at which a weight can be held.
 
     Example:
         >>> Verdict()
-        Verdict(triggered=False, names=(), ratio=nan, reason='', limit=inf, held=False)
+        Verdict(triggered=False, names=(), ratio=nan, reason='', limit=inf, held=())
     """
 
     triggered: bool = False
@@ -55,7 +56,7 @@ class Verdict(NamedTuple):
     ratio: float = math.nan
     reason: str = ""
     limit: float = math.inf
-    held: bool = False
+    held: tuple[str, ...] = ()
 
 
 class Detector(nn.Module):
@@ -333,7 +334,7 @@ class AnyOf(Detector):
             verdicts.append(detector.judge(norm, seen[start : start + detector.parts]))
             start += detector.parts
         joint = _union(verdicts)
-        if joint.triggered and not joint.held:
+        if joint.triggered:
             self.alarm()
         return joint
 
@@ -357,17 +358,19 @@ class AnyOf(Detector):
 def _union(verdicts: Sequence[Verdict]) -> Verdict:
     fired = [verdict for verdict in verdicts if verdict.triggered]
     ratio, limit = math.nan, math.inf
+    held: tuple[str, ...] = ()
     for verdict in verdicts:
         ratio = verdict.ratio if ratio != ratio else ratio  # the first that is a number
         limit = min(limit, verdict.limit)
+        held = held + verdict.held if verdict.held else held
+    reason = "; ".join(verdict.reason for verdict in fired or verdicts if verdict.reason)
     if not fired:
-        return Verdict(ratio=ratio, limit=limit)
+        return Verdict(ratio=ratio, reason=reason, limit=limit, held=held)
     if any(verdict.names is None for verdict in fired):
         names = None
     else:
         names = tuple(dict.fromkeys(name for verdict in fired for name in verdict.names or ()))
-    held = all(verdict.held for verdict in fired)
-    return Verdict(True, names, ratio, "; ".join(verdict.reason for verdict in fired), limit, held)
+    return Verdict(True, names, ratio, reason, limit, held)
 
 
 def _require(holds: bool, rule: str) -> None:

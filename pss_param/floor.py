@@ -43,8 +43,8 @@ class StableRankFloor(Detector):
     weight that acts as several matrices (fused query/key/value, experts) is judged by the worst one.
 
     **Alert.** After a trigger, its own or that of a detector beside it in :class:`pss_param.AnyOf`, it measures at
-    every step for ``alert`` steps, names every weight whose norm is above :math:`\ell` (``Verdict.held``: none of
-    these is a new trigger), and lets :math:`\ell` stay. With the edge ``baseline``, which smooths to :math:`\ell`,
+    every step for ``alert`` steps, names every weight whose norm is above :math:`\ell` (``Verdict.held``: that is no
+    new trigger), and lets :math:`\ell` stay. With the edge ``baseline``, which smooths to :math:`\ell`,
     the whole model is so held at the norms that it had in health, for as long as something goes on firing.
 
     At a measurement each weight is read twice: once for its norm and once for half an iteration of power
@@ -176,15 +176,15 @@ class StableRankFloor(Detector):
             return Verdict()
         ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
         fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
-        fallen, on_alert = self._owning((fall < self.fraction) | (rise > self.growth)), self._on_alert
+        fallen = self._owning((fall < self.fraction) | (rise > self.growth))
+        held = self._owning(rise > self.slack) if fallen or self._on_alert else ()
         self._follow(ranks, norms, self.elapsed)
         if fallen:
             self.fired = self.step
             self.alarm()
-            return Verdict(True, fallen, reason=self._reason(len(fallen), fall.tolist(), rise.tolist()))
-        names = self._owning(rise > self.slack) if on_alert else ()
-        reason = f"on alert until step {self.until}: {len(names)} weight(s) above the baseline of their norm"
-        return Verdict(True, names, reason=reason, held=True) if names else Verdict()
+            return Verdict(True, fallen, reason=self._reason(len(fallen), fall.tolist(), rise.tolist()), held=held)
+        reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
+        return Verdict(reason=reason, held=held) if held else Verdict()
 
     def alarm(self) -> None:
         r"""Begin an alert, or prolong it."""

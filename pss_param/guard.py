@@ -138,9 +138,7 @@ class Guard:
             return self._tell(self._skip_nonfinite(value))
         self.nonfinite = 0
         verdict = self.detector.judge(value, seen)
-        if verdict.held and not self._holds:
-            verdict = Verdict(ratio=verdict.ratio)
-        if not verdict.triggered and not self.resting:
+        if not verdict.triggered and not self.resting and not (verdict.held and self._holds):
             return Event(self.steps, False, value, verdict.ratio)
         return self._tell(self._act(value, verdict))
 
@@ -376,13 +374,15 @@ class Guard:
 
     def _act(self, norm: float, verdict: Verdict) -> Event:
         resting, self.resting = self.resting, max(0, self.resting - 1)
-        if not verdict.triggered or (resting and not verdict.held):
-            held = f"held back, cooldown: {verdict.reason}" if verdict.triggered else ""
-            return Event(self.steps, False, norm, verdict.ratio, held)
+        fires, held = verdict.triggered and not resting, verdict.held if self._holds else ()
+        if not fires and not held:
+            back = f"held back, cooldown: {verdict.reason}" if verdict.triggered else ""
+            return Event(self.steps, False, norm, verdict.ratio, back)
         names = tuple(self.views) if verdict.names is None else verdict.names
+        names = tuple(dict.fromkeys((*names * fires, *held)))
         self._open([self.views[name] for name in names])
-        dropped = False if verdict.held else self._count_trigger(norm, verdict)
-        return Event(self.steps, True, norm, verdict.ratio, verdict.reason, names, dropped, verdict.held)
+        dropped = self._count_trigger(norm, verdict) if fires else False
+        return Event(self.steps, True, norm, verdict.ratio, verdict.reason, names, dropped, not fires)
 
     def _count_trigger(self, norm: float, verdict: Verdict) -> bool:
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
