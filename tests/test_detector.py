@@ -394,7 +394,7 @@ def test_a_norm_that_leaps_fires_whatever_the_stable_rank_does():
     detector = settled(weights, period=1)
     weights["b"][0].mul_(2.5)
     (verdict,) = run_floor(detector, weights, 1)
-    assert (verdict.triggered, verdict.names, verdict.held) == (True, ("b",), False)
+    assert (verdict.triggered, verdict.names, verdict.held) == (True, ("b",), ("b",))
     assert "spectral norm of 1 weight(s) rose above 2 x its baseline" in verdict.reason
     calm = settled(weights, period=1, growth=math.inf)
     weights["b"][0].mul_(2.5)
@@ -410,9 +410,9 @@ def test_an_alert_looks_at_every_step_holds_what_rises_and_learns_nothing():
     detector.alarm()
     weights["b"][0].mul_(1.3)
     verdicts = run_floor(detector, weights, 4)
-    assert [(v.triggered, v.held, v.names) for v in verdicts] == [(True, True, ("b",))] * 4
+    assert [(v.triggered, v.names, v.held) for v in verdicts] == [(False, (), ("b",))] * 4
     assert torch.equal(detector.level, level)
-    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 100))
+    assert not any(verdict.held for verdict in run_floor(detector, weights, 100))
     assert float(detector.levels("b")[0]) > 1.1 * float(level[1])
 
 
@@ -426,10 +426,10 @@ def test_what_is_measured_together_with_a_spike_is_not_learnt():
     level = both.levels("a")[0].clone()
     weights["a"][0].mul_(1.5)
     verdict = both.judge(9.0, [look.tolist() for look in both.look(lambda: weights)])
-    assert (verdict.names, verdict.held) == (None, False)
+    assert (verdict.triggered, verdict.names, verdict.held) == (True, None, ())
     assert torch.equal(both.levels("a")[0], level)
     verdict = both.judge(1.0, [look.tolist() for look in both.look(lambda: weights)])
-    assert (verdict.names, verdict.held) == (("a",), True)
+    assert (verdict.triggered, verdict.names, verdict.held) == (False, (), ("a",))
     assert "on alert until step 24" in verdict.reason
 
 
