@@ -50,7 +50,7 @@ def test_export_writes_what_the_model_computes_with(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 8))
     parametrizations.weight_norm(model[2])
     parametrize.register_parametrization(model[3], "weight", SmoothingView())
-    guard = attach(model, targets="all")
+    guard = attach(model, targets="all", edge="dominant")
     assert "0.weight" in guard.views
     guard.views["0.weight"].open()
     model[3].parametrizations.weight[0].open()
