@@ -43,8 +43,7 @@ class Verdict(NamedTuple):
         ratio: Gradient norm over its running average, dimensionless; NaN when the detector keeps none.
         reason: One clause for people; empty when nothing triggered.
         limit: The smallest gradient norm that would have triggered; infinite when no norm would.
-        held: Weights that an earlier trigger brought down and that rise again: to be smoothed too, and no trigger,
-            where the edge is a level at which a weight can be held.
+        held: Weights above their levels while a detector is on alert: to be smoothed too, and no trigger.
 
     Example:
         >>> Verdict()
@@ -97,6 +96,13 @@ class Detector(nn.Module):
 
         Returns:
             The decision.
+        """
+
+    def hold(self, holds: bool) -> None:
+        r"""Learn, before :meth:`bind`, whether weights are held at :meth:`levels`; most detectors need not know.
+
+        Args:
+            holds: Whether the guard's edge is ``baseline``.
         """
 
     def alarm(self) -> None:
@@ -343,16 +349,25 @@ class AnyOf(Detector):
         for detector in self._asked:
             detector.alarm()
 
+    def hold(self, holds: bool) -> None:
+        r"""Tell every member.
+
+        Args:
+            holds: Whether the guard's edge is ``baseline``.
+        """
+        for detector in self._asked:
+            detector.hold(holds)
+
     def levels(self, name: str) -> tuple[Tensor, ...]:
-        r"""Ask the first member that keeps levels.
+        r"""Ask the members, one after the other.
 
         Args:
             name: The weight.
 
         Returns:
-            Its levels; nothing where no member keeps any.
+            The first levels that one has; nothing where none has any.
         """
-        return next((member.levels(name) for member in self._asked if member.keeps_levels), ())
+        return next((levels for member in self._asked if (levels := member.levels(name))), ())
 
 
 def _union(verdicts: Sequence[Verdict]) -> Verdict:

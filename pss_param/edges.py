@@ -24,9 +24,6 @@ LIVE_EDGES = (*EDGES, "baseline")
 """The names in a live run. ``baseline`` is the spectral norm that the weight had while it was healthy, a slow average
 that a detector keeps: :class:`pss_param.StableRankFloor`."""
 
-FIXED_EDGES = ("init", "reference", "baseline")
-"""Those at which a matrix can be held: smoothed again, it stays as it is."""
-
 
 def dominant(W: Tensor, rank: int | None = None) -> Tensor:
     r"""The published edge: the first value behind the dominant ones.

@@ -20,7 +20,7 @@ class Event:
         smoothed: Names of the weights whose gates were opened.
         skip: Whether this step's gradients were dropped (set to None), so that ``optimizer.step()`` changes
             nothing.
-        held: Whether an earlier trigger goes on: weights are only held at what it brought them to.
+        held: Whether this is no new trigger: weights above their levels, in the steps after one, are held there.
 
     Example:
         >>> print(Event(step=7, triggered=False, norm=1.5, ratio=1.02))

@@ -23,7 +23,7 @@ class StableRankFloor(Detector):
     r"""Trigger for each weight whose stable rank falls below a fraction of what it was, or whose norm leaps.
 
     .. math::
-        \operatorname{SR}(W_t) < \text{fraction} \cdot b_t \quad \text{or} \quad
+        \operatorname{SR}(W_t) < \text{fraction} \cdot b_t \wedge \sigma_1(W_t) > \ell_t \quad \text{or} \quad
         \sigma_1(W_t) > \text{growth} \cdot \ell_t, \qquad
         \operatorname{SR}(W) = \lVert W \rVert_F^2 / \sigma_1^2,
 
@@ -35,22 +35,23 @@ class StableRankFloor(Detector):
     Healthy training lowers stable ranks and raises norms over hundreds of steps, and the baselines follow; a deadly
     learning rate does it within tens, and they stay. :math:`b` is never above the stable rank of independent entries,
     ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
-    was smoothed to be so, falls that far in health. A weight that starts as zeros has at least the :math:`\ell` of
-    PyTorch's ``Linear``.
+    was smoothed to be so, falls that far in health. And :math:`\ell` is never below the spectral norm of a fresh
+    ``Linear`` of PyTorch, so that weights that start small, or as zeros, may grow to a usual size.
 
     It sees what the gradient norm hides: at large learning rates without warm-up gradients only shrink while the
     weights collapse, and Muon, whose updates have equal singular values, lets norms grow while stable ranks stay. A
     weight that acts as several matrices (fused query/key/value, experts) is judged by the worst one.
 
     **Alert.** After a trigger, its own or that of a detector beside it in :class:`pss_param.AnyOf`, it measures at
-    every step for ``alert`` steps, names every weight whose norm is above :math:`\ell` (``Verdict.held``: that is no
-    new trigger), and lets :math:`\ell` stay. With the edge ``baseline``, which smooths to :math:`\ell`,
-    the whole model is so held at the norms that it had in health, for as long as something goes on firing.
+    every step for ``alert`` steps, names every weight whose norm is above :math:`\ell` by more than 5 %
+    (``Verdict.held``: that is no new trigger), and lets :math:`\ell` stay: with the edge ``baseline``, which smooths to
+    :math:`\ell`, the whole model is held at the norms that it had in health, for as long as something goes on firing.
+    At other edges there are no alerts, and a fallen stable rank alone decides.
 
     At a measurement each weight is read twice: once for its norm and once for half an iteration of power
     iteration, started from the vector of the last time. Weights move little in between, so the vector
     stays converged; at the first step, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
-    from below, so neither trigger is owed to the estimate.
+    from below, so no low stable rank is owed to the estimate.
 
     The table of learning rates in ``examples/benchmarks/results/stability.md`` justifies the defaults: with other
     edges it is ``pss-dominant`` and ``pss-mild`` there.
@@ -119,7 +120,7 @@ class StableRankFloor(Detector):
         self.vectors: list[Tensor] = []
         self.fresh = self.usual = self.baseline = self.level = self._before = _NOTHING
         self.measured = self.on_left = False
-        self._followed = 0
+        self.holds, self._followed = True, -1
         # Steps: so far, at the last trigger, at the last measurement, from the one before to it, at the alert's end.
         self.step = self.fired = self.seen = self.elapsed = self.until = 0
 
@@ -131,7 +132,8 @@ class StableRankFloor(Detector):
         """
         current = weights()
         self.names, self.measured, self.on_left = tuple(current), False, False
-        self.step = self.fired = self.seen = self.elapsed = self.until = self._followed = 0
+        self.step = self.fired = self.seen = self.elapsed = self.until = 0
+        self._followed = -1
         self.owners = [name for name, parts in current.items() for part in parts for _ in range(_count(part))]
         self.places = _places(current)
         matrices = [part for parts in current.values() for part in parts]
@@ -176,9 +178,13 @@ class StableRankFloor(Detector):
             return Verdict()
         ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
         fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
-        fallen = self._owning((fall < self.fraction) | (rise > self.growth))
-        held = self._owning(rise > self.slack) if fallen or self._on_alert else ()
-        self._follow(ranks, norms, self.elapsed)
+        fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
+        low, high = fall < self.fraction, rise > self.slack
+        # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
+        fires = (low & high) | (rise > self.growth) if self.holds else low
+        fallen = self._owning(fires)
+        held = self._owning(high) if self.holds and self.alert and (fallen or self._on_alert) else ()
+        self._follow(ranks, norms, fires, self.elapsed)
         if fallen:
             self.fired = self.step
             self.alarm()
@@ -186,11 +192,20 @@ class StableRankFloor(Detector):
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
         return Verdict(reason=reason, held=held) if held else Verdict()
 
+    def hold(self, holds: bool) -> None:
+        r"""Learn whether weights are held at their baselines; norms trigger nothing, and nothing alerts, where not.
+
+        Args:
+            holds: Whether the guard's edge is ``baseline``.
+        """
+        self.holds = holds
+
     def alarm(self) -> None:
-        r"""Begin an alert, or prolong it."""
+        r"""Begin an alert, or prolong it; at an edge that holds nothing there is none."""
         if self._followed == self.step:
-            self.level = self._before  # what was measured together with a spike is not what is healthy
-        self.until = self.step + self.alert
+            # What was measured together with a spike is not what is healthy.
+            self.level = torch.where(self._before > 0, self._before, self.level)
+        self.until = self.step + self.alert * self.holds
 
     def levels(self, name: str) -> tuple[Tensor, ...]:
         r"""Tell the baselines of a weight's spectral norms.
@@ -201,7 +216,8 @@ class StableRankFloor(Detector):
         Returns:
             Levels ``(...)`` for each of its matrices ``(..., m, n)``.
         """
-        return tuple(self.level[start : start + math.prod(shape)].reshape(shape) for start, shape in self.places[name])
+        places = self.places.get(name, ()) if self.measured else ()
+        return tuple(self.level[start : start + math.prod(shape)].reshape(shape) for start, shape in places)
 
     def _owning(self, chosen: Tensor) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name, one in zip(self.owners, chosen.tolist(), strict=True) if one))
@@ -234,19 +250,22 @@ class StableRankFloor(Detector):
         apart = max(1, min(self.period, (self.step - self.fired) // self.denser))
         return self._on_alert or self.step - self.seen >= apart
 
-    def _follow(self, ranks: Tensor, norms: Tensor, elapsed: int) -> None:
+    def _follow(self, ranks: Tensor, norms: Tensor, fires: Tensor, elapsed: int) -> None:
         # A collapsed weight does not teach: its baseline stays, however often it is smoothed and collapses again.
         kept = self.decay**elapsed
-        above = ranks >= self.fraction * self.baseline
-        followed = torch.where(above, kept * self.baseline + (1 - kept) * ranks, self.baseline)
+        stays = fires | ~torch.isfinite(ranks)
+        followed = torch.where(stays, self.baseline, kept * self.baseline + (1 - kept) * ranks)
         # A weight of zeros has no stable rank; it is watched from the first one that it has.
         known = torch.isfinite(self.baseline) & (self.baseline > 0)
         self.baseline = torch.minimum(torch.where(known, followed, ranks), self.fresh)
         self._before, self._followed = self.level, self.step
         if not self._on_alert:
-            healthy = _capped(norms, ranks, self.fresh).nan_to_num(0.0)
-            first = torch.where(healthy > 0, torch.maximum(healthy, self.usual), healthy)
-            self.level = torch.where(self.level > 0, kept * self.level + (1 - kept) * healthy, first)
+            self._learn(norms, ranks, kept)
+
+    def _learn(self, norms: Tensor, ranks: Tensor, kept: float) -> None:
+        healthy = _capped(norms, ranks, self.fresh)
+        followed = torch.maximum(kept * self.level + (1 - kept) * healthy, self.usual)
+        self.level = torch.where(torch.isfinite(healthy) & (healthy > 0), followed, self.level)
 
     def _start(self, matrix: Matrix) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -258,7 +277,8 @@ class StableRankFloor(Detector):
             seen = self._iterate(current)
         ranks, norms = seen.cpu().view(2, -1).unbind()
         self.baseline, self.measured = torch.minimum(ranks, self.fresh), True
-        self.level = _capped(norms, ranks, self.fresh).nan_to_num(0.0)
+        self.level = self.usual
+        self._learn(norms, ranks, 0.0)
 
     def _iterate(self, current: Mapping[str, tuple[Matrix, ...]]) -> Tensor:
         # Vectors of length n are multiplied by W, those of length m by its transpose: half an iteration each.
@@ -302,6 +322,7 @@ class StableRankFloor(Detector):
         rows = [m if self.on_left else n for m, n in self.sizes]
         self.vectors = [old[..., :row, :].clone() for old, row in zip(saved, rows, strict=True)]
         self.baseline, self.level = (state[name].detach().to("cpu", copy=True) for name in ("baseline", "level"))
+        self._followed = -1
         for name in _STEPS:
             setattr(self, name, int(state[name]))
 
@@ -317,7 +338,8 @@ class StableRankFloor(Detector):
         Returns:
             The settings as they are passed to the constructor.
         """
-        return f"fraction={self.fraction:g}, period={self.period}, decay={self.decay:g}, alert={self.alert}"
+        first = f"fraction={self.fraction:g}, period={self.period}, decay={self.decay:g}"
+        return f"{first}, alert={self.alert}, growth={self.growth:g}"
 
 
 def _places(weights: Mapping[str, tuple[Matrix, ...]]) -> dict[str, list[tuple[int, tuple[int, ...]]]]:

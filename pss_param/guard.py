@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from pss_param.announcing import Announcer
 from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_traced
 from pss_param.detector import Detector, Matrix, Verdict
-from pss_param.edges import FIXED_EDGES
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
 from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
@@ -41,6 +40,7 @@ from pss_param.removal import detach, view_at
 from pss_param.resharding import reshard
 from pss_param.resuming import check_state, copied_state
 from pss_param.slot import Slot
+from pss_param.smoothing import holds
 from pss_param.view import SmoothingView, inside_backward, refuse_inside_backward
 from pss_param.watched import require_no_pending, watched_matrices
 from pss_param.watching import Watch, refuse_line_search
@@ -78,11 +78,11 @@ class Guard:
         for name, holders in self._slots.items():
             view = self.views[name] = view_at(holders[0])
             view.opened, view.tag = self._opened, self._tag
-        self._holds = next(iter(self.views.values())).smoothing.edge in FIXED_EDGES
         self._first = next(iter(self._slots.values()))[0]
         self._placed = self._first.views
         self.steps = self.triggers = self.nonfinite = self.resting = 0
         self._stale: set[str] = set()
+        self._struck: set[str] = set()
         self._attached = True
         self._previewing = False
         self._announcer = Announcer(policy)
@@ -90,6 +90,7 @@ class Guard:
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
         listen()
+        detector.hold(holds(next(iter(self.views.values())).smoothing))
         detector.bind(self._matrices)
 
     @property
@@ -138,7 +139,7 @@ class Guard:
             return self._tell(self._skip_nonfinite(value))
         self.nonfinite = 0
         verdict = self.detector.judge(value, seen)
-        if not verdict.triggered and not self.resting and not (verdict.held and self._holds):
+        if not verdict.triggered and not verdict.held and not self.resting:
             return Event(self.steps, False, value, verdict.ratio)
         return self._tell(self._act(value, verdict))
 
@@ -243,7 +244,7 @@ class Guard:
         detector = copied_state(self.detector)
         # The moments of a weight that is saved folded are to be cleared by the resumed run, at its next step.
         waiting = {
-            name: name in self._stale or (self.policy.reset_moments and view.is_open)
+            name: name in self._stale or (self.policy.reset_moments and view.is_open and name in self._struck)
             for name, view in self.views.items()
         }
         stale = {name: int(value) for name, value in waiting.items()}
@@ -262,6 +263,7 @@ class Guard:
         self._require_ready("guard.load_state_dict()")
         check_state(state, self.views, self.detector)
         self.detector.load_state_dict(state["detector"])
+        self._struck.clear()
         self._stale = {name for name, value in state.get("stale", {}).items() if value}
         for name, view in self.views.items():
             view.close()
@@ -345,8 +347,9 @@ class Guard:
         for name, view in self.views.items():
             if view.is_read:
                 view.fold_(self._slots[name][0].weight)
-        if self.policy.reset_moments:
-            self._stale.update(pending)
+        if self.policy.reset_moments:  # of what a trigger has smoothed; what is only held changes little
+            self._stale.update(self._struck.intersection(pending))
+        self._struck.clear()
         if optimizer is not None:
             for name in self._stale:
                 reset_moments(optimizer, self._slots[name][0].weight)
@@ -374,24 +377,27 @@ class Guard:
 
     def _act(self, norm: float, verdict: Verdict) -> Event:
         resting, self.resting = self.resting, max(0, self.resting - 1)
-        fires, held = verdict.triggered and not resting, verdict.held if self._holds else ()
-        if not fires and not held:
-            back = f"held back, cooldown: {verdict.reason}" if verdict.triggered else ""
-            return Event(self.steps, False, norm, verdict.ratio, back)
-        names = tuple(self.views) if verdict.names is None else verdict.names
-        names = tuple(dict.fromkeys((*names * fires, *held)))
+        fires = verdict.triggered and not resting
+        reason = f"held back, cooldown: {verdict.reason}" if verdict.triggered and resting else verdict.reason
+        struck = (tuple(self.views) if verdict.names is None else verdict.names) if fires else ()
+        names = tuple(dict.fromkeys((*struck, *verdict.held)))
+        if not names:
+            return Event(self.steps, False, norm, verdict.ratio, reason)
         self._open([self.views[name] for name in names])
-        dropped = self._count_trigger(norm, verdict) if fires else False
-        return Event(self.steps, True, norm, verdict.ratio, verdict.reason, names, dropped, not fires)
+        dropped = self._count_trigger(norm, verdict, struck) if fires else False
+        return Event(self.steps, True, norm, verdict.ratio, reason, names, dropped, not fires)
 
-    def _count_trigger(self, norm: float, verdict: Verdict) -> bool:
+    def _count_trigger(self, norm: float, verdict: Verdict, names: Sequence[str]) -> bool:
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
+        self._struck.update(names)
         return treat_gradient(self.model, self.policy, norm, verdict.limit)
 
     def _open(self, views: Sequence[SmoothingView]) -> None:
         prepare = self.policy.prepare
         eager = prepare == "eager" or (prepare == "auto" and self._is_compiled())
         leveled = {view: self.detector.levels(view.label) for view in views}
+        if views and views[0].smoothing.edge == "baseline":  # a weight that nobody remembers is left alone
+            leveled = {view: levels for view, levels in leveled.items() if levels}
         self._padded_rank = open_views(self.model, self._slots, leveled, eager, self._padded_rank)
         if eager:
             stand_by(self.model, self._slots, self.views.values(), self._padded_rank)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pss_param.edges import EDGES
 from pss_param.errors import ArgumentError
 from pss_param.smoothing import Smoothing
 from pss_param.targets import TargetRules
@@ -114,6 +115,8 @@ class RepairOptions:
             ArgumentError: a value breaks a rule.
         """
         self._check_words()
+        if self.edge is not None and self.edge not in EDGES:
+            raise ArgumentError(f"edge must be one of {', '.join(EDGES)}, got {self.edge!r}")
         wanting = {
             'edge="reference"': self.edge,
             'nonfinite="reference"': self.nonfinite,

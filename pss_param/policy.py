@@ -25,8 +25,8 @@ class GuardPolicy:
             optimizer uses it. ``"smooth_and_clip"``: it is scaled down to the norm that would just have triggered
             (threshold times average; a detector without a norm scales nothing). ``"smooth_and_skip"``: it is dropped
             (set to None).
-        cooldown: Steps after a trigger in which another one is held back; 0 as published. What only holds weights where
-            a trigger brought them (``Event.held``) is none.
+        cooldown: Steps after a trigger in which another one is held back; 0 as published. Weights are held at their
+            levels all the same (``Event.held``).
         max_trigger_rate: The budget as a share of the steps, in (0, 1]; more triggers are warned of, once per run.
             It is granted for the first 500 steps at once (0.01: five triggers), because most come early. The published
             rate is below 0.0025.

@@ -45,6 +45,10 @@ WHOLE_MATRIX_SHAPES = ("equal", "noise")
 """Shapes that act on the whole matrix: ``equal`` heeds no edge but ``init``, ``noise`` smooths nothing."""
 
 
+LOWERING_SHAPES = ("clip", "softplus", "log")
+"""Shapes that bring whatever is above the edge down towards it; the others keep sums, or heed no edge."""
+
+
 @dataclass(frozen=True)
 class Smoothing:
     r"""How a matrix is smoothed.
@@ -119,6 +123,22 @@ class Smoothing:
                 "'reference'"
             )
         raise ArgumentError("edge='reference' needs the healthy weight's spectral norm; pass Smoothing(reference=...)")
+
+
+def holds(smoothing: Smoothing) -> bool:
+    """Whether it holds a weight at its baseline, however often it is applied.
+
+    Args:
+        smoothing: shape and edge.
+
+    Returns:
+        The answer.
+
+    Example:
+        >>> holds(Smoothing(edge="baseline")), holds(Smoothing("noise", "baseline")), holds(Smoothing())
+        (True, False, False)
+    """
+    return smoothing.edge == "baseline" and (callable(smoothing.shape) or smoothing.shape in LOWERING_SHAPES)
 
 
 @torch.no_grad()

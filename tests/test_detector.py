@@ -303,9 +303,9 @@ def test_a_weight_of_zeros_is_watched_from_its_first_values_on():
     detector = StableRankFloor(period=1)
     detector.bind(lambda: weights)
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 3))
-    weights["a"][0].copy_(torch.randn(24, 24))
+    weights["a"][0].copy_(torch.randn(24, 24) / (3 * 24) ** 0.5)
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 12))
-    weights["a"][0].add_(torch.outer(torch.randn(24), torch.randn(24)))
+    weights["a"][0].add_(torch.outer(torch.randn(24), torch.randn(24)) / (3 * 24) ** 0.5)
     assert run_floor(detector, weights, 12)[-1].triggered
 
 
@@ -440,10 +440,89 @@ def test_levels_come_in_the_shapes_of_the_matrices_and_not_below_fresh_ones():
     one, several, zeros = *detector.levels("a"), *detector.levels("b")
     assert (one.shape, several.shape, zeros.shape) == ((), (2, 3), ())
     assert float(one) == pytest.approx(2.0, rel=1e-3)  # of independent entries with that Frobenius norm
-    assert float(zeros) == 0.0
-    weights["b"][1].copy_(1e-6 * torch.randn(8, 4))
+    assert float(zeros) == pytest.approx((8**0.5 + 4**0.5) / (3 * 4) ** 0.5)  # of torch's Linear
+    assert detector.levels("of another detector") == ()
+
+
+@pytest.mark.parametrize("std", [0.0, 1e-6, 1e-2])
+def test_a_weight_that_starts_small_may_grow_to_a_usual_size(std):
+    torch.manual_seed(0)
+    weights = {"a": (std * torch.randn(32, 32),), "b": (torch.randn(32, 32),)}
+    detector = settled(weights, period=1)
+    target = torch.randn(32, 32) / (3 * 32) ** 0.5
+    for step in range(1, 21):
+        weights["a"][0].copy_(target * step / 20)
+        (verdict,) = run_floor(detector, weights, 1)
+        assert not verdict.triggered
+        assert not verdict.held
+
+
+def test_a_stable_rank_that_falls_while_the_norm_does_not_rise_is_followed_in_silence():
+    torch.manual_seed(0)
+    weights = {"a": (torch.diag(torch.linspace(3, 1, 16)).contiguous(),)}
+    detector = settled(weights, period=1)
+    weights["a"][0][1:] *= 0.3
+    assert not any(verdict.triggered for verdict in run_floor(detector, weights, 30))
+    published = StableRankFloor(period=1)
+    published.hold(False)
+    weights["a"][0][1:] /= 0.3
+    published.bind(lambda: weights)
+    run_floor(published, weights, 1)
+    weights["a"][0][1:] *= 0.3
+    verdicts = run_floor(published, weights, 30)
+    assert verdicts[-1].triggered
+    assert not any(verdict.held for verdict in verdicts)
+
+
+def test_at_an_edge_that_holds_nothing_norms_fire_nothing_and_nothing_alerts():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    detector = StableRankFloor(period=1)
+    detector.hold(False)
+    detector.bind(lambda: weights)
     run_floor(detector, weights, 1)
-    assert float(detector.levels("b")[1]) == pytest.approx((8**0.5 + 4**0.5) / (3 * 4) ** 0.5)  # torch's Linear
+    weights["a"][0].mul_(5)
+    detector.alarm()
+    assert not any(verdict.triggered or verdict.held for verdict in run_floor(detector, weights, 10))
+
+
+def test_an_alert_of_no_steps_holds_nothing():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
+    detector = settled(weights, period=1, alert=0)
+    weights["a"][0].mul_(2.5)
+    weights["b"][0].mul_(1.3)
+    assert [(v.names, v.held) for v in run_floor(detector, weights, 1)] == [(("a",), ())]
+
+
+def test_a_measurement_of_nothing_teaches_nothing():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    detector = settled(weights, period=1)
+    level = float(detector.level)
+    for bad in (math.nan, math.inf, 0.0):
+        healthy = weights["a"][0].clone()
+        weights["a"][0].fill_(bad)
+        run_floor(detector, weights, 1)
+        weights["a"][0].copy_(healthy)
+    assert float(detector.level) == pytest.approx(level)
+
+
+def test_an_alarm_before_the_first_look_and_after_a_load_undoes_nothing():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    detector = StableRankFloor(period=1)
+    detector.bind(lambda: weights)
+    detector.alarm()
+    assert detector.level.shape == (1,)
+    run_floor(detector, weights, 3)
+    state = detector.get_extra_state()
+    weights["a"][0].mul_(1.01)
+    run_floor(detector, weights, 1)
+    detector.set_extra_state(state)
+    detector.step += 1
+    detector.alarm()
+    assert torch.equal(detector.level, state["level"])
 
 
 def test_a_resumed_alert_goes_on_to_the_same_step():

@@ -697,6 +697,7 @@ def test_the_edge_follows_from_what_the_detector_keeps():
     assert edge_of(detector=GradientNormRatio()) == "dominant"
     assert edge_of(edge="dominant") == "dominant"
     assert edge_of(smoothing="log") == "baseline"
+    assert edge_of(smoothing="softmax") == edge_of(smoothing="noise") == "dominant"
     with pytest.raises(ArgumentError, match="needs a detector that remembers healthy norms, got GradientNormRatio"):
         attach(net(), edge="baseline", detector=GradientNormRatio())
     with pytest.raises(ArgumentError, match="use 'init' or 'reference'"):
@@ -715,7 +716,7 @@ def events_of(model, guard, optimizer, steps):
 
 def spiked(model, name, factor):
     with torch.no_grad():
-        weight = model.get_parameter(name)
+        weight = dict(model.named_parameters())[name]
         left, right = torch.randn(weight.shape[0]), torch.randn(weight.shape[1])
         weight.add_(factor * torch.outer(left / left.norm(), right / right.norm()))
         return float(torch.linalg.matrix_norm(weight, 2))
@@ -762,3 +763,65 @@ def test_each_matrix_of_a_fused_weight_comes_down_to_its_own_level():
         for part, level, pair in zip(parts, levels, factors, strict=False):
             assert float(torch.linalg.matrix_norm(part - pair.left @ pair.right, 2)) == pytest.approx(float(level))
         assert not factors[-1].left.any() or len(pieces) == 3
+
+
+class Watcher(StableRankFloor):
+    """Watches the first weight alone."""
+
+    def bind(self, weights):
+        super().bind(lambda: first_of(weights()))
+
+    def look(self, weights):
+        return super().look(lambda: first_of(weights()))
+
+
+def first_of(weights):
+    return {name: weights[name] for name in NAMES[:1]}
+
+
+def test_a_weight_that_no_detector_remembers_is_left_alone():
+    model = net(width=32)
+    guard = attach(model, detector=AnyOf(OnSteps(3), Watcher()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    events_of(model, guard, optimizer, 2)
+    spiked(model, NAMES[0], 4.0)
+    events_of(model, guard, optimizer, 1)
+    assert [name for name, view in guard.views.items() if view.is_open] == NAMES[:1]
+
+
+def test_moments_are_kept_of_what_is_only_held():
+    model = net(width=32)
+    guard = attach(model, policy=GuardPolicy(reset_moments=True), detector=AnyOf(OnSteps(4), StableRankFloor()))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        event = guard.step(optimizer=optimizer)
+        stored = dict(model.named_parameters())
+        steps = {name: float(optimizer.state[stored[name]].get("step", 0)) for name in NAMES}
+        optimizer.step()
+        return event, steps
+
+    for _ in range(4):
+        event, _ = step()
+    assert (event.triggered, event.held) == (True, False)
+    assert set(step()[1].values()) == {0.0}
+    spiked(model, NAMES[1], 1.5 * float(guard.detector.levels(NAMES[1])[0]))
+    seen = [step() for _ in range(14)]
+    held = [event for event, _ in seen if event.held]
+    assert any(NAMES[1] in event.smoothed for event in held)
+    assert seen[-1][1][NAMES[1]] == 14.0
+    assert not any(guard.state_dict()["stale"].values())
+
+
+def test_a_trigger_in_the_cooldown_is_held_back_and_says_so_though_weights_are_held():
+    model = net(width=32)
+    guard = attach(model, policy=GuardPolicy(cooldown=30), detector=AnyOf(OnSteps(4, 9), StableRankFloor()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    events_of(model, guard, optimizer, 5)
+    spiked(model, NAMES[1], 1.5 * float(guard.detector.levels(NAMES[1])[0]))
+    events = events_of(model, guard, optimizer, 14)
+    assert any(event.held for event in events)
+    assert "held back, cooldown" in events[3].reason
+    assert guard.triggers == 1

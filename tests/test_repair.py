@@ -359,3 +359,10 @@ def test_killed_at_every_step_the_destination_is_absent_and_the_next_run_cleans_
     assert not any(".pss-tmp-" in name for name in last)
     assert checkpoint.read_bytes() == before
     assert load_file(default_output(checkpoint)).keys() == load_file(checkpoint).keys()
+
+
+def test_an_edge_of_live_runs_is_refused_before_anything_is_written():
+    with pytest.raises(
+        ArgumentError, match="edge must be one of dominant, mild, bulk, init, reference, got 'baseline'"
+    ):
+        RepairOptions(edge="baseline")
