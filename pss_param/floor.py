@@ -178,7 +178,6 @@ class StableRankFloor(Detector):
             return Verdict()
         ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
         fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
-        fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
         low, high = fall < self.fraction, rise > self.slack
         # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
         fires = (low & high) | (rise > self.growth) if self.holds else low
@@ -188,7 +187,7 @@ class StableRankFloor(Detector):
         if fallen:
             self.fired = self.step
             self.alarm()
-            return Verdict(True, fallen, reason=self._reason(len(fallen), fall.tolist(), rise.tolist()), held=held)
+            return Verdict(True, fallen, reason=self._reason(fires, fall, rise), held=held)
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
         return Verdict(reason=reason, held=held) if held else Verdict()
 
@@ -222,13 +221,15 @@ class StableRankFloor(Detector):
     def _owning(self, chosen: Tensor) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name, one in zip(self.owners, chosen.tolist(), strict=True) if one))
 
-    def _reason(self, count: int, fall: list[float], rise: list[float]) -> str:
-        lowest, most = min(fall), max(rise)
+    def _reason(self, fires: Tensor, fall: Tensor, rise: Tensor) -> str:
+        count = len(self._owning(fires))
+        falls, rises = (torch.where(fires, value, 1.0).tolist() for value in (fall, rise))
+        lowest, most = min(falls), max(rises)
         if lowest < self.fraction:
             what = f"stable rank of {count} weight(s) fell below {self.fraction:g} x its baseline"
-            return f"{what} (lowest {lowest:.2f} x in {self.owners[fall.index(lowest)]})"
+            return f"{what} (lowest {lowest:.2f} x in {self.owners[falls.index(lowest)]})"
         what = f"spectral norm of {count} weight(s) rose above {self.growth:g} x its baseline"
-        return f"{what} (most {most:.2f} x in {self.owners[rise.index(most)]})"
+        return f"{what} (most {most:.2f} x in {self.owners[rises.index(most)]})"
 
     @property
     def _on_alert(self) -> bool:
