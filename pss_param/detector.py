@@ -98,11 +98,12 @@ class Detector(nn.Module):
             The decision.
         """
 
-    def hold(self, holds: bool) -> None:
+    def hold(self, stds: Mapping[str, float | None] | None) -> None:
         r"""Learn, before :meth:`bind`, whether weights are held at :meth:`levels`; most detectors need not know.
 
         Args:
-            holds: Whether the guard's edge is ``baseline``.
+            stds: Where the guard's edge is ``baseline``, the standard deviation with which each weight's initialiser
+                draws, by name, None where that is not known; None at other edges.
         """
 
     def alarm(self) -> None:
@@ -349,14 +350,14 @@ class AnyOf(Detector):
         for detector in self._asked:
             detector.alarm()
 
-    def hold(self, holds: bool) -> None:
+    def hold(self, stds: Mapping[str, float | None] | None) -> None:
         r"""Tell every member.
 
         Args:
-            holds: Whether the guard's edge is ``baseline``.
+            stds: What each weight's initialiser draws with, where the guard's edge is ``baseline``; else None.
         """
         for detector in self._asked:
-            detector.hold(holds)
+            detector.hold(stds)
 
     def levels(self, name: str) -> tuple[Tensor, ...]:
         r"""Ask the members, one after the other.

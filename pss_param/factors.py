@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pss_param.sharded import ShardedMatrix
 from pss_param.smoothing import Smoothing, correction
 
 __all__ = ["Factors", "factors_at", "factors_of", "no_change", "padded"]
@@ -56,15 +55,7 @@ def factors_of(
 
 
 def _at(smoothing: Smoothing, level: Tensor) -> Smoothing:
-    if smoothing.edge != "baseline":
-        return smoothing
-
-    def edge(W: Tensor) -> Tensor:
-        # No level yet: nothing is above the Frobenius norm, which is quickly seen.
-        whole = W.frobenius_norm() if isinstance(W, ShardedMatrix) else torch.linalg.matrix_norm(W.float())
-        return torch.where(level.to(whole.device) > 0, level.to(whole.device), whole)
-
-    return replace(smoothing, edge=edge)
+    return replace(smoothing, edge=lambda W: level) if smoothing.edge == "baseline" else smoothing
 
 
 def factors_at(weight: Tensor, pair: Factors) -> Factors:

@@ -35,8 +35,8 @@ class StableRankFloor(Detector):
     Healthy training lowers stable ranks and raises norms over hundreds of steps, and the baselines follow; a deadly
     learning rate does it within tens, and they stay. :math:`b` is never above the stable rank of independent entries,
     ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
-    was smoothed to be so, falls that far in health. And :math:`\ell` is never below the spectral norm of a fresh
-    ``Linear`` of PyTorch, so that weights that start small, or as zeros, may grow to a usual size.
+    was smoothed to be so, falls that far in health. And :math:`\ell` is never below the spectral norm that the weight's
+    initialiser gives (PyTorch's ``Linear`` where it is not known), so that zeros, for example, may grow to a usual size.
 
     It sees what the gradient norm hides: at large learning rates without warm-up gradients only shrink while the
     weights collapse, and Muon, whose updates have equal singular values, lets norms grow while stable ranks stay. A
@@ -121,6 +121,7 @@ class StableRankFloor(Detector):
         self.fresh = self.usual = self.baseline = self.level = self._before = _NOTHING
         self.measured = self.on_left = False
         self.holds, self._followed = True, -1
+        self.stds: dict[str, float | None] = {}
         # Steps: so far, at the last trigger, at the last measurement, from the one before to it, at the alert's end.
         self.step = self.fired = self.seen = self.elapsed = self.until = 0
 
@@ -142,7 +143,10 @@ class StableRankFloor(Detector):
         fresh = [rank for part in matrices for rank in _fresh_ranks(part)]
         self.fresh = torch.tensor(fresh, dtype=torch.float64, device="cpu")
         usual = [
-            level for part in matrices for level in [init_level(part.shape[-2], part.shape[-1], None)] * _count(part)
+            init_level(part.shape[-2], part.shape[-1], self.stds.get(name))
+            for name, parts in current.items()
+            for part in parts
+            for _ in range(_count(part))
         ]
         self.usual = torch.tensor(usual, dtype=torch.float64, device="cpu")
         self.baseline, self.level = torch.zeros_like(self.fresh), torch.zeros_like(self.fresh)
@@ -191,13 +195,13 @@ class StableRankFloor(Detector):
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
         return Verdict(reason=reason, held=held) if held else Verdict()
 
-    def hold(self, holds: bool) -> None:
+    def hold(self, stds: Mapping[str, float | None] | None) -> None:
         r"""Learn whether weights are held at their baselines; norms trigger nothing, and nothing alerts, where not.
 
         Args:
-            holds: Whether the guard's edge is ``baseline``.
+            stds: What each weight's initialiser draws with, where the guard's edge is ``baseline``; else None.
         """
-        self.holds = holds
+        self.holds, self.stds = stds is not None, dict(stds or {})
 
     def alarm(self) -> None:
         r"""Begin an alert, or prolong it; at an edge that holds nothing there is none."""

@@ -90,7 +90,7 @@ class Guard:
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
         listen()
-        detector.hold(holds(next(iter(self.views.values())).smoothing))
+        detector.hold(self._stds())
         detector.bind(self._matrices)
 
     @property
@@ -391,6 +391,12 @@ class Guard:
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
         self._struck.update(names)
         return treat_gradient(self.model, self.policy, norm, verdict.limit)
+
+    def _stds(self) -> dict[str, float | None] | None:
+        smoothings = {name: view.smoothing for name, view in self.views.items()}
+        return (
+            {name: one.init_std for name, one in smoothings.items()} if all(map(holds, smoothings.values())) else None
+        )
 
     def _open(self, views: Sequence[SmoothingView]) -> None:
         prepare = self.policy.prepare

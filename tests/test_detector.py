@@ -464,7 +464,7 @@ def test_a_stable_rank_that_falls_while_the_norm_does_not_rise_is_followed_in_si
     weights["a"][0][1:] *= 0.3
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 30))
     published = StableRankFloor(period=1)
-    published.hold(False)
+    published.hold(None)
     weights["a"][0][1:] /= 0.3
     published.bind(lambda: weights)
     run_floor(published, weights, 1)
@@ -478,7 +478,7 @@ def test_at_an_edge_that_holds_nothing_norms_fire_nothing_and_nothing_alerts():
     torch.manual_seed(0)
     weights = {"a": (torch.randn(24, 24),)}
     detector = StableRankFloor(period=1)
-    detector.hold(False)
+    detector.hold(None)
     detector.bind(lambda: weights)
     run_floor(detector, weights, 1)
     weights["a"][0].mul_(5)
@@ -552,3 +552,14 @@ def test_a_state_without_norms_is_refused_in_words():
     state = {key: value for key, value in detector.get_extra_state().items() if key != "level"}
     with pytest.raises(ArgumentError, match="older version"):
         detector.set_extra_state(state)
+
+
+def test_a_weight_may_grow_to_what_its_initialiser_gives():
+    torch.manual_seed(0)
+    weights = {"a": (0.01 * torch.randn(32, 32),), "b": (0.01 * torch.randn(32, 32),)}
+    detector = StableRankFloor(period=1)
+    detector.hold({"a": 0.02, "b": None})
+    detector.bind(lambda: weights)
+    run_floor(detector, weights, 1)
+    assert float(detector.levels("a")[0]) == pytest.approx(2 * 32**0.5 * 0.02)
+    assert float(detector.levels("b")[0]) == pytest.approx(2 * 32**0.5 / (3 * 32) ** 0.5)

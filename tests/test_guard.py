@@ -758,7 +758,7 @@ def test_each_matrix_of_a_fused_weight_comes_down_to_its_own_level():
     parts = [torch.randn(8, 8) * scale for scale in (1.0, 2.0, 4.0)]
     levels = [torch.linalg.matrix_norm(part, 2) * 0.7 for part in parts]
     smoothing = Smoothing(edge="baseline", tol=1e-5)
-    for pieces, whole in ((parts, levels), ([*parts, torch.randn(4, 8)], [*levels, torch.tensor(0.0)])):
+    for pieces, whole in ((parts, levels), ([*parts, torch.randn(4, 8)], [*levels, torch.tensor(1e3)])):
         factors = factors_of(pieces, smoothing, torch.Generator(), whole)
         for part, level, pair in zip(parts, levels, factors, strict=False):
             assert float(torch.linalg.matrix_norm(part - pair.left @ pair.right, 2)) == pytest.approx(float(level))
