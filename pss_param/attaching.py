@@ -12,7 +12,7 @@ from pss_param.floor import StableRankFloor
 from pss_param.guard import Guard, detach
 from pss_param.policy import GuardPolicy
 from pss_param.slot import Slot, occupied_slots
-from pss_param.smoothing import LOWERING_SHAPES, Smoothing
+from pss_param.smoothing import Smoothing
 from pss_param.targets import Target, TargetRules, select_parameters
 from pss_param.view import SmoothingView
 
@@ -42,13 +42,14 @@ def attach(
             ``fully_shard`` or ``parallelize_module``.
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
-        edge: The level to which dominant values are brought. None for what ``smoothing`` says, else for ``"baseline"``
-            (the norm that the weight had in health) where the detector remembers it, as the default one does, and the
-            shape brings values down to a level; else for ``"dominant"``, the published one.
+        edge: The level to which dominant values are brought; None for ``"dominant"``, the published one, or what
+            ``smoothing`` says. ``"baseline"`` is the norm that the weight had in health, as the detector remembers it,
+            and holds all weights there for some steps after a trigger: nothing is lost at a healthy learning rate, and
+            less is gained at the largest ones. ``"mild"`` lies between.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
-            where gradients only shrink, and one that sees weights collapse or grow. In
-            ``examples/benchmarks/results/stability.md`` the default (``pss-default``) stands beside the published
-            form (``pss-published``) and this detector with other edges (``pss-dominant``, ``pss-mild``).
+            where gradients only shrink, and one that sees weights collapse. In
+            ``examples/benchmarks/results/stability.md`` it (``pss-default``) stands beside the published form
+            (``pss-published``) and other edges (``pss-baseline``, ``pss-mild``).
         policy: None for :class:`GuardPolicy` with its defaults.
 
     Returns:
@@ -151,9 +152,7 @@ def _smoothing_of(smoothing: object, edge: str | None, detector: Detector) -> Sm
             raise ArgumentError("edge is part of Smoothing; pass attach(smoothing=Smoothing(edge=...)) alone")
         chosen = smoothing
     else:
-        lowers = callable(smoothing) or smoothing in LOWERING_SHAPES
-        usual = "baseline" if detector.keeps_levels and lowers else "dominant"
-        edge = usual if edge is None else edge
+        edge = "dominant" if edge is None else edge
         chosen = Smoothing(shape=smoothing, edge=edge, tol=_LIVE_TOLERANCE)  # type: ignore[arg-type]
     if chosen.edge == "baseline" and not detector.keeps_levels:
         raise ArgumentError(

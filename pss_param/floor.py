@@ -36,7 +36,7 @@ class StableRankFloor(Detector):
     learning rate does it within tens, and they stay. :math:`b` is never above the stable rank of independent entries,
     ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
     was smoothed to be so, falls that far in health. And :math:`\ell` is never below the spectral norm that the weight's
-    initialiser gives (PyTorch's ``Linear`` where it is not known), so that zeros, for example, may grow to a usual size.
+    initialiser gives (PyTorch's ``Linear`` where it is not known), so that what starts as zeros may grow to that size.
 
     It sees what the gradient norm hides: at large learning rates without warm-up gradients only shrink while the
     weights collapse, and Muon, whose updates have equal singular values, lets norms grow while stable ranks stay. A
@@ -53,8 +53,8 @@ class StableRankFloor(Detector):
     stays converged; at the first step, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
     from below, so no low stable rank is owed to the estimate.
 
-    The table of learning rates in ``examples/benchmarks/results/stability.md`` justifies the defaults: with other
-    edges it is ``pss-dominant`` and ``pss-mild`` there.
+    The tables of ``examples/benchmarks/results/stability.md`` show what it does with the edge ``dominant``
+    (``pss-default``), ``baseline`` and ``mild``.
 
     Args:
         fraction: The floor as a fraction of the baseline, in (0, 1), dimensionless.

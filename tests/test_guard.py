@@ -687,17 +687,13 @@ def test_views_that_stand_by_are_closed_for_everyone_but_the_compiler():
     assert not any(view.is_read for view in guard.views.values())
 
 
-def test_the_edge_follows_from_what_the_detector_keeps():
+def test_the_edge_is_the_published_one_and_the_baseline_needs_a_detector_that_keeps_it():
     def edge_of(**options):
         with attach(net(), **options) as guard:
             return next(iter(guard.views.values())).smoothing.edge
 
-    assert edge_of() == "baseline"
-    assert edge_of(detector=StableRankFloor()) == "baseline"
-    assert edge_of(detector=GradientNormRatio()) == "dominant"
-    assert edge_of(edge="dominant") == "dominant"
-    assert edge_of(smoothing="log") == "baseline"
-    assert edge_of(smoothing="softmax") == edge_of(smoothing="noise") == "dominant"
+    assert edge_of() == edge_of(detector=GradientNormRatio()) == "dominant"
+    assert edge_of(edge="baseline") == "baseline"
     with pytest.raises(ArgumentError, match="needs a detector that remembers healthy norms, got GradientNormRatio"):
         attach(net(), edge="baseline", detector=GradientNormRatio())
     with pytest.raises(ArgumentError, match="use 'init' or 'reference'"):
@@ -724,7 +720,7 @@ def spiked(model, name, factor):
 
 def test_after_a_trigger_weights_are_held_at_their_healthy_norm():
     model = net(width=32)
-    guard = attach(model)
+    guard = attach(model, edge="baseline")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     events_of(model, guard, optimizer, 3)
     healthy = {name: float(guard.detector.levels(name)[0]) for name in NAMES}
@@ -781,7 +777,7 @@ def first_of(weights):
 
 def test_a_weight_that_no_detector_remembers_is_left_alone():
     model = net(width=32)
-    guard = attach(model, detector=AnyOf(OnSteps(3), Watcher()))
+    guard = attach(model, edge="baseline", detector=AnyOf(OnSteps(3), Watcher()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     events_of(model, guard, optimizer, 2)
     spiked(model, NAMES[0], 4.0)
@@ -791,7 +787,8 @@ def test_a_weight_that_no_detector_remembers_is_left_alone():
 
 def test_moments_are_kept_of_what_is_only_held():
     model = net(width=32)
-    guard = attach(model, policy=GuardPolicy(reset_moments=True), detector=AnyOf(OnSteps(4), StableRankFloor()))
+    both = AnyOf(OnSteps(4), StableRankFloor())
+    guard = attach(model, edge="baseline", policy=GuardPolicy(reset_moments=True), detector=both)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
 
     def step():
@@ -817,7 +814,8 @@ def test_moments_are_kept_of_what_is_only_held():
 
 def test_a_trigger_in_the_cooldown_is_held_back_and_says_so_though_weights_are_held():
     model = net(width=32)
-    guard = attach(model, policy=GuardPolicy(cooldown=30), detector=AnyOf(OnSteps(4, 9), StableRankFloor()))
+    both = AnyOf(OnSteps(4, 9), StableRankFloor())
+    guard = attach(model, edge="baseline", policy=GuardPolicy(cooldown=30), detector=both)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     events_of(model, guard, optimizer, 5)
     spiked(model, NAMES[1], 1.5 * float(guard.detector.levels(NAMES[1])[0]))

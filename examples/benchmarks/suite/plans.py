@@ -16,7 +16,7 @@ HEADLINE = (
     "nothing",
     "pss-default",
     "pss-published",
-    "pss-dominant",
+    "pss-baseline",
     "pss-always-init",
     "clip-1.0",
     "warmup",

@@ -94,8 +94,9 @@ def _fired_by(detector: Callable[[], pss.Detector]) -> Callable[[], Guarded]:
 FORMS: dict[str, Callable[[], Guarded]] = {
     # As a user types it, and as published: GradientNormRatio(2.5), clip, dominant edge, every block matrix.
     "pss-default": Guarded,
-    # The same detector with edges that nothing is held at: the published one, and what a fresh matrix has if above.
-    "pss-dominant": lambda: Guarded(edge="dominant"),
+    # The same detector with other edges: the norm in health, at which weights are held; the norm of a fresh matrix if
+    # that is above the published edge.
+    "pss-baseline": lambda: Guarded(edge="baseline"),
     "pss-mild": lambda: Guarded(edge="mild"),
     "pss-published": _published,
     # Other shapes at the same edge.
