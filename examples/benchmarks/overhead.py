@@ -299,11 +299,9 @@ def measure(
     """All figures of one size."""
     began = time.perf_counter()
     bench = Bench(SIZES[name], device, mode == "compiled", pss.GradientNormRatio())
-    struck = Bench(SIZES[name], device, mode == "compiled")
     for _ in range(2):
         bench.timed(True)
-        struck.timed(True)
-    fresh, step = triggered_ratio(struck, 2)
+    fresh, step = triggered_ratio(bench, 2)
     rounds = max(2, min(rounds, round(6 / step)))
     plain, whole, inner = [], [], []
     for _ in range(rounds):
@@ -313,11 +311,11 @@ def measure(
         inner.append(inside)
     step, look = statistics.median(plain), bench.look_seconds(rounds)
     for _ in range(rounds):  # on to where weights look as they do when a detector fires
-        struck.timed(True)
+        bench.timed(True)
     with timing_of(pss.SmoothingView, "_decompose") as spent:
-        trained, _ = triggered_ratio(struck, rounds)
-    collapse(struck)
-    collapsed, _ = triggered_ratio(struck, 2)
+        trained, _ = triggered_ratio(bench, rounds)
+    collapse(bench)
+    collapsed, _ = triggered_ratio(bench, 2)
     quiet = (statistics.median(inner) + bench.read_seconds()) / step
 
     def total(seen: dict[str, object], own: bool) -> float:
@@ -339,7 +337,7 @@ def measure(
         "triggered_ratio_trained": trained,
         "triggered_ratio_collapsed": collapsed,
         "triggered_decomposing": spent["_decompose"] / (rounds + 1) / step,
-        "trained_steps": struck.calls,
+        "trained_steps": bench.calls,
         "total_share_observed": total(run, own=True),
         "total_share_published": total(alarmed, own=False),
         "seconds": time.perf_counter() - began,
