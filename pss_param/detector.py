@@ -378,7 +378,7 @@ def _union(verdicts: Sequence[Verdict]) -> Verdict:
     for verdict in verdicts:
         ratio = verdict.ratio if ratio != ratio else ratio  # the first that is a number
         limit = min(limit, verdict.limit)
-        held = held + verdict.held if verdict.held else held
+        held += verdict.held
     reason = "; ".join(verdict.reason for verdict in fired or verdicts if verdict.reason)
     if not fired:
         return Verdict(ratio=ratio, reason=reason, limit=limit, held=held)

@@ -185,13 +185,13 @@ class StableRankFloor(Detector):
         low, high = fall < self.fraction, rise > self.slack
         # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
         fires = (low & high) | (rise > self.growth) if self.holds else low
-        fallen = self._owning(fires)
-        held = self._owning(high) if self.holds and self.alert and (fallen or self._on_alert) else ()
+        struck = self._owning(fires)
+        held = self._owning(high) if self.holds and self.alert and (struck or self._on_alert) else ()
         self._follow(ranks, norms, fires, self.elapsed)
-        if fallen:
+        if struck:
             self.fired = self.step
             self.alarm()
-            return Verdict(True, fallen, reason=self._reason(fires, fall, rise), held=held)
+            return Verdict(True, struck, reason=self._reason(fires, fall, rise), held=held)
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
         return Verdict(reason=reason, held=held) if held else Verdict()
 

@@ -383,7 +383,7 @@ class Guard:
         names = tuple(dict.fromkeys((*struck, *verdict.held)))
         if not names:
             return Event(self.steps, False, norm, verdict.ratio, reason)
-        self._open([self.views[name] for name in names])
+        names = self._open([self.views[name] for name in names])
         dropped = self._count_trigger(norm, verdict, struck) if fires else False
         return Event(self.steps, True, norm, verdict.ratio, reason, names, dropped, not fires)
 
@@ -394,11 +394,11 @@ class Guard:
 
     def _stds(self) -> dict[str, float | None] | None:
         smoothings = {name: view.smoothing for name, view in self.views.items()}
-        return (
-            {name: one.init_std for name, one in smoothings.items()} if all(map(holds, smoothings.values())) else None
-        )
+        if not all(map(holds, smoothings.values())):
+            return None
+        return {name: smoothing.init_std for name, smoothing in smoothings.items()}
 
-    def _open(self, views: Sequence[SmoothingView]) -> None:
+    def _open(self, views: Sequence[SmoothingView]) -> tuple[str, ...]:
         prepare = self.policy.prepare
         eager = prepare == "eager" or (prepare == "auto" and self._is_compiled())
         leveled = {view: self.detector.levels(view.label) for view in views}
@@ -407,6 +407,7 @@ class Guard:
         self._padded_rank = open_views(self.model, self._slots, leveled, eager, self._padded_rank)
         if eager:
             stand_by(self.model, self._slots, self.views.values(), self._padded_rank)
+        return tuple(view.label for view in leveled)
 
     def _is_compiled(self) -> bool:
         return was_traced(self._tag) or is_compiled(self.model)
