@@ -45,7 +45,7 @@ def attach(
         edge: The level to which dominant values are brought; None for ``"dominant"``, the published one, or what
             ``smoothing`` says. ``"baseline"`` is the norm that the weight had in health, as the detector remembers it,
             and holds all weights there for some steps after a trigger: nothing is lost at a healthy learning rate, and
-            less is gained at the largest ones. ``"mild"`` lies between.
+            less is gained at the largest ones.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
             where gradients only shrink, and one that sees weights collapse. In
             ``examples/benchmarks/results/stability.md`` it (``pss-default``) stands beside the published form
