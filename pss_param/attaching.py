@@ -12,7 +12,7 @@ from pss_param.floor import StableRankFloor
 from pss_param.guard import Guard, detach
 from pss_param.policy import GuardPolicy
 from pss_param.slot import Slot, occupied_slots
-from pss_param.smoothing import Smoothing
+from pss_param.smoothing import LOWERING_SHAPES, Smoothing
 from pss_param.targets import Target, TargetRules, select_parameters
 from pss_param.view import SmoothingView
 
@@ -152,7 +152,9 @@ def _smoothing_of(smoothing: object, edge: str | None, detector: Detector) -> Sm
             raise ArgumentError("edge is part of Smoothing; pass attach(smoothing=Smoothing(edge=...)) alone")
         chosen = smoothing
     else:
-        edge = "dominant" if edge is None else edge
+        lowers = callable(smoothing) or smoothing in LOWERING_SHAPES
+        usual = "baseline" if detector.keeps_levels and lowers else "dominant"
+        edge = usual if edge is None else edge
         chosen = Smoothing(shape=smoothing, edge=edge, tol=_LIVE_TOLERANCE)  # type: ignore[arg-type]
     if chosen.edge == "baseline" and not detector.keeps_levels:
         raise ArgumentError(

@@ -97,7 +97,7 @@ class StableRankFloor(Detector):
         period: int = 25,
         decay: float = 0.99,
         seed: int = 0,
-        alert: int = 20,
+        alert: int = 50,
         growth: float = 2.0,
     ) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class StableRankFloor(Detector):
         if not 0 < decay <= 1:
             raise ArgumentError(f"decay must lie in (0, 1], got {decay}; 0.99 is the default, 1 keeps the first value")
         if alert < 0:
-            raise ArgumentError(f"alert must be at least 0 steps, got {alert}; 20 is the default")
+            raise ArgumentError(f"alert must be at least 0 steps, got {alert}; 50 is the default")
         if not growth > 1:
             raise ArgumentError(f"growth must be above 1, got {growth}; 2 is the default, math.inf ignores growth")
         self.fraction, self.period, self.decay, self.seed = float(fraction), int(period), float(decay), int(seed)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pss_param.announcing import Announcer
 from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_traced
+from pss_param.damping import Damping
 from pss_param.detector import Detector, Matrix, Verdict
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
@@ -86,6 +87,7 @@ class Guard:
         self._attached = True
         self._previewing = False
         self._announcer = Announcer(policy)
+        self._damping = Damping(policy.damping, lambda name: self._slots[name][0].weight)
         self._padded_rank = 16
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
@@ -97,6 +99,11 @@ class Guard:
     def is_open(self) -> bool:
         r"""Whether any gate is open, that is whether a smoothing waits to be folded."""
         return bool(self._opened)
+
+    @property
+    def damping(self) -> dict[str, float]:
+        r"""What the optimizer's updates are divided by, for the weights of which that is more than 1."""
+        return dict(self._damping.rho)
 
     def step(self, grad_norm: float | Tensor | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> Event:
         r"""Fold what is open, judge the new gradient, and open gates if the detector fires.
@@ -126,6 +133,8 @@ class Guard:
         norm = gradient_norm(self.model) if grad_norm is None else grad_norm
         if self._opened or self._stale:
             self._fold_and_reset(optimizer)
+        if self._damping.rho:
+            self._damping.forget(optimizer)
         self.steps += 1
         looks = self.detector.look(self._matrices)
         if self.policy.deferred:
@@ -141,7 +150,9 @@ class Guard:
         verdict = self.detector.judge(value, seen)
         if not verdict.triggered and not verdict.held and not self.resting:
             return Event(self.steps, False, value, verdict.ratio)
-        return self._tell(self._act(value, verdict))
+        event = self._act(value, verdict)
+        self._damping.strike(event.smoothed, optimizer)
+        return self._tell(event)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> Watch:
         r"""Step before every ``optimizer.step()`` from now on, where the loop itself cannot be changed.
@@ -227,6 +238,7 @@ class Guard:
             self._require_ready("guard.detach()")
             detach(self.model)
             self._attached = False
+            self._damping.stop()
             if self._watch is not None:
                 self._watch.remove()
 
@@ -248,7 +260,9 @@ class Guard:
             for name, view in self.views.items()
         }
         stale = {name: int(value) for name, value in waiting.items()}
-        return {"detector": detector, "counters": counters, "openings": openings, "stale": stale, **self._on_its_way()}
+        damping = {name: self._damping.rho.get(name, 1.0) for name in self.views}
+        state = {"detector": detector, "counters": counters, "openings": openings, "stale": stale, "damping": damping}
+        return {**state, **self._on_its_way()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         r"""Take a state back. Load the model's state too; gates that are open are closed without a fold.
@@ -265,6 +279,7 @@ class Guard:
         self.detector.load_state_dict(state["detector"])
         self._struck.clear()
         self._stale = {name for name, value in state.get("stale", {}).items() if value}
+        self._damping.load({name: float(value) for name, value in state.get("damping", {}).items()})
         for name, view in self.views.items():
             view.close()
             view.openings = int(state["openings"][name])

@@ -15,7 +15,13 @@ GROUPS = {
     "weights that are smoothed": ("pss-qk", "pss-attention", "pss-mlp"),
     "shape": ("pss-softplus", "pss-log", "pss-softmax", "pss-convolution"),
     "edge": ("pss-bulk", "pss-init"),
-    "edge under the default detector": ("pss-default", "pss-baseline", "pss-mild"),
+    "edge and damping under the default detector": (
+        "pss-default",
+        "pss-undamped",
+        "pss-dominant",
+        "pss-dominant-undamped",
+        "pss-mild",
+    ),
     "simpler rules in place of smoothing": ("pss-second", "pss-rank-4", "pss-equal", "pss-noise", "halve-lr"),
     "what fires": (
         "pss-default",

@@ -95,7 +95,6 @@ REMEDIES: dict[str, Remedy] = {
     "repair": Remedy(surgery=repair()),
     "repair-keep": Remedy(surgery=repair(optimizer="keep")),
     "repair-guard": Remedy(surgery=repair(), method="pss-default"),
-    "repair-baseline": Remedy(surgery=repair(), method="pss-baseline"),
     "repair-rewarmup": Remedy(surgery=repair(), method="warmup"),
     "repair-gentle": Remedy(surgery=repair(strength="gentle")),
     "repair-gentle-guard": Remedy(surgery=repair(strength="gentle"), method="pss-default"),

@@ -74,9 +74,18 @@ class Guarded(Method):
         return not event.skip
 
 
+_UNDAMPED = pss.GuardPolicy(damping=1)
+
+
 def _published(detector: Callable[[], pss.Detector] = pss.GradientNormRatio, **options: object) -> Guarded:
-    given = {"targets": "linear", "smoothing": "clip", "edge": "dominant", **options}
+    given = {"targets": "linear", "smoothing": "clip", "edge": "dominant", "policy": _UNDAMPED, **options}
     return Guarded(detector=detector(), **given)
+
+
+def _undamped() -> Guarded:
+    # Alerts are as long as is best without damping: longer ones lose more than they win.
+    both = pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(alert=20))
+    return Guarded(detector=both, policy=_UNDAMPED)
 
 
 def _ratio(**options: float) -> Callable[[], Guarded]:
@@ -92,13 +101,15 @@ def _fired_by(detector: Callable[[], pss.Detector]) -> Callable[[], Guarded]:
 
 
 FORMS: dict[str, Callable[[], Guarded]] = {
-    # As a user types it, and as published: GradientNormRatio(2.5), clip, dominant edge, every block matrix.
+    # As a user types it, and as published: GradientNormRatio(2.5), clip, dominant edge, every block matrix, no damping.
     "pss-default": Guarded,
-    # The same detector with other edges: the norm in health, at which weights are held; the norm of a fresh matrix if
-    # that is above the published edge.
-    "pss-baseline": lambda: Guarded(edge="baseline"),
-    "pss-mild": lambda: Guarded(edge="mild"),
     "pss-published": _published,
+    # What makes the difference: the default without damping; with the published edge; with neither; with the norm of a
+    # fresh matrix for an edge, if that is above the published one.
+    "pss-undamped": _undamped,
+    "pss-dominant": lambda: Guarded(edge="dominant"),
+    "pss-dominant-undamped": lambda: Guarded(edge="dominant", policy=_UNDAMPED),
+    "pss-mild": lambda: Guarded(edge="mild", policy=_UNDAMPED),
     # Other shapes at the same edge.
     "pss-softplus": _changed(smoothing="softplus"),
     "pss-log": _changed(smoothing="log"),
@@ -109,7 +120,9 @@ FORMS: dict[str, Callable[[], Guarded]] = {
     "pss-init": _changed(edge="init"),
     # Simpler rules: S[0] := S[1]; k fixed at 4; all singular values equal (MSign on demand); noise of the same size.
     "pss-second": _changed(smoothing="second"),
-    "pss-rank-4": lambda: Guarded(smoothing=pss.Smoothing(rank=4, tol=_TOLERANCE), detector=pss.GradientNormRatio()),
+    "pss-rank-4": lambda: Guarded(
+        smoothing=pss.Smoothing(rank=4, tol=_TOLERANCE), detector=pss.GradientNormRatio(), policy=_UNDAMPED
+    ),
     "pss-equal": _changed(smoothing="equal"),
     "pss-noise": _changed(smoothing="noise"),
     # Other detectors: the weights' stable rank alone.

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Damping: a weight that has to be smoothed again and again learns more slowly, until it no longer has to.
+
+# Note [Why smoothing alone is not enough]
+Smoothing takes away what the last updates did, and the next update, as large as the last, does it again. A weight that
+is divided by its spectral norm (spectral normalisation, sigma-reparametrisation) does not suffer from that: what is
+stored grows, so the same update turns it less and less. Damping gives a smoothed weight this brake, and nothing to one
+that was never smoothed.
+
+# Note [After the optimizer's step]
+What an optimizer does is only known when it has done it, so a damped weight is copied just before the step and drawn
+back towards the copy just after. For optimizers whose update is proportional to the learning rate this is that weight's
+learning rate divided by the factor, decoupled weight decay included. The hooks are those that torch offers for all
+optimizers, so a loop need not name its own; they exist only while a weight is damped. Copies live during the optimizer's
+step alone, when activations are gone.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from pss_param.sharded import is_sharded
+
+__all__ = ["Damping"]
+
+_log = logging.getLogger("pss_param")
+
+
+class Damping:
+    r"""Divide what optimizers do to weights that were smoothed.
+
+    .. math::
+        W \leftarrow W_t + (W - W_t) / \rho, \qquad
+        \rho \leftarrow \begin{cases} \min(64, \text{factor} \cdot 0.99\,\rho) & \text{smoothed} \\
+        \max(1, 0.99\,\rho) & \text{else} \end{cases}
+
+    with :math:`W_t` before and :math:`W` after the optimizer's step; :math:`\rho` starts at 1 for each weight.
+
+    Args:
+        factor: What a smoothing multiplies a weight's :math:`\rho` by; 1 damps nothing.
+        weight_of: Finds the stored weight of a name.
+
+    Attributes:
+        rho: The factors above 1, by name.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> damping = Damping(2.0, {"w": weight}.__getitem__)
+        >>> damping.strike(["w"])
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.tolist()
+        [-0.5, -0.5]
+
+    References:
+        Ours; Miyato et al., arXiv 1802.05957, section 2 for the effect in spectral normalisation.
+    """
+
+    forgetting = 0.99
+    """Of each factor, per step: it halves in 69."""
+    most = 64.0
+    """The largest factor."""
+    patience = 20
+    """Steps in a row in which no optimizer was seen before that is said."""
+
+    def __init__(self, factor: float, weight_of: Callable[[str], Tensor]) -> None:
+        self.factor = factor
+        self.rho: dict[str, float] = {}
+        self._weight_of = weight_of
+        self._copies: list[tuple[str, Tensor, Tensor]] = []
+        self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
+        self._unseen = 0
+        self._end: weakref.finalize[..., Damping] | None = None
+
+    def forget(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        r"""Bring every factor closer to 1, at the beginning of a step of the guard.
+
+        Args:
+            optimizer: Whose step may be under way, if it is known.
+        """
+        self._notice_missing()
+        self.load({name: self.forgetting * rho for name, rho in self.rho.items()})
+        self._copy_again(optimizer)
+
+    def strike(self, names: Collection[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        r"""Damp weights more.
+
+        Args:
+            names: Those that are smoothed.
+            optimizer: Whose step may be under way, if it is known.
+        """
+        if self.factor > 1 and names:
+            self.load({**self.rho, **{n: min(self.most, self.factor * self.rho.get(n, 1.0)) for n in names}})
+            self._copy_again(optimizer)
+
+    def load(self, rho: Mapping[str, float]) -> None:
+        r"""Set all factors.
+
+        Args:
+            rho: By name; those that are not above 1 damp nothing.
+        """
+        self.rho = {name: value for name, value in rho.items() if value > 1}
+        if self.rho and self._end is None:
+            self._end = weakref.finalize(self, _remove, _listen(weakref.ref(self)))
+        elif not self.rho:
+            self.stop()
+
+    def stop(self) -> None:
+        r"""Damp nothing from now on."""
+        self.rho = {}
+        self._copies.clear()
+        self._stepping, self._unseen = None, 0
+        if self._end is not None:
+            self._end()
+            self._end = None
+
+    def _copy_again(self, optimizer: torch.optim.Optimizer | None) -> None:
+        # A guard that steps inside the optimizer's step, from a hook or a closure, may have folded: copies are stale.
+        self._copies.clear()
+        inside = optimizer if self._stepping is None else self._stepping()
+        if inside is not None and self.rho:
+            self._before(inside)
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stepping = weakref.ref(optimizer)
+        self._copies.clear()
+        moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        weights = [(name, self._weight_of(name)) for name in self.rho]
+        found = [(name, _local(weight)) for name, weight in weights if id(weight) in moved]
+        self._copies = [(name, weight, weight.clone()) for name, weight in found]
+
+    @torch.no_grad()
+    def _after(self) -> None:
+        for name, weight, before in self._copies:
+            weight.lerp_(before, 1 - 1 / self.rho[name])
+        self._unseen *= not self._copies
+        self._copies.clear()
+        self._stepping = None
+
+    def _notice_missing(self) -> None:
+        self._unseen += bool(self.rho)
+        if self._unseen == self.patience + 1:
+            _log.warning(
+                "%d weights are to be damped, and in %d steps no torch.optim.Optimizer has moved them, so nothing is "
+                "damped; an optimizer of another kind needs a lower learning rate, or GuardPolicy(damping=1)",
+                len(self.rho),
+                self.patience,
+            )
+
+
+def _listen(damping: "weakref.ref[Damping]") -> tuple[RemovableHandle, RemovableHandle]:
+    """Hook all optimizers without keeping the damping alive."""
+
+    def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mine = damping()
+        if mine is not None:
+            mine._before(optimizer)
+
+    def after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mine = damping()
+        if mine is not None:
+            mine._after()
+
+    return register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+
+
+def _remove(handles: tuple[RemovableHandle, ...]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _local(weight: Tensor) -> Tensor:
+    # An optimizer moves each entry where it lies, and so does damping.
+    return weight.to_local() if is_sharded(weight) else weight  # type: ignore[attr-defined]
