@@ -42,14 +42,14 @@ def attach(
             ``fully_shard`` or ``parallelize_module``.
         targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
         smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
-        edge: The level to which dominant values are brought; None for ``"dominant"``, the published one, or what
-            ``smoothing`` says. ``"baseline"`` is the norm that the weight had in health, as the detector remembers it,
-            and holds all weights there for some steps after a trigger: nothing is lost at a healthy learning rate, and
-            less is gained at the largest ones.
+        edge: The level to which dominant values are brought. None for what ``smoothing`` says, else for ``"baseline"``
+            (the norm that the weight had in health, at which whatever fires then holds all weights for some steps)
+            where the detector remembers it, as the default one does, and the shape brings values down to a level; else
+            for ``"dominant"``, the published one.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
-            where gradients only shrink, and one that sees weights collapse. In
-            ``examples/benchmarks/results/stability.md`` it (``pss-default``) stands beside the published form
-            (``pss-published``) and other edges (``pss-baseline``, ``pss-mild``).
+            where gradients only shrink, and one that sees weights collapse or grow. In
+            ``examples/benchmarks/results/stability.md`` the default (``pss-default``) stands beside the published form
+            (``pss-published``), the published edge (``pss-dominant``) and runs without damping (``pss-undamped``).
         policy: None for :class:`GuardPolicy` with its defaults.
 
     Returns:

@@ -9,12 +9,18 @@ that was never smoothed.
 
 # Note [After the optimizer's step]
 What an optimizer does is only known when it has done it, so a damped weight is copied just before the step and drawn
-back towards the copy just after. For optimizers whose update is proportional to the learning rate this is that weight's
-learning rate divided by the factor, decoupled weight decay included. The hooks are those that torch offers for all
-optimizers, so a loop need not name its own; they exist only while a weight is damped. Copies live during the optimizer's
-step alone, when activations are gone.
+back towards the copy just after. For optimizers whose update is proportional to the learning rate this is that
+weight's learning rate divided by the factor, decoupled weight decay included. Post-hooks of the optimizer itself run
+before that and see the whole update.
+
+# Note [Hooks on all optimizers]
+Torch offers hooks for every optimizer, so a loop need not name its own. There is one pair for all guards, from the
+first damped weight on until nobody damps any more; a guard that is dropped leaves them idle, because a garbage
+collection must not unhook in the middle of a step. An optimizer may step inside another one's (wrappers do): the inner
+one's copies replace the outer one's, so that nothing is damped twice.
 """
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping
@@ -37,14 +43,14 @@ class Damping:
 
     .. math::
         W \leftarrow W_t + (W - W_t) / \rho, \qquad
-        \rho \leftarrow \begin{cases} \min(64, \text{factor} \cdot 0.99\,\rho) & \text{smoothed} \\
+        \rho \leftarrow \begin{cases} \min(64, \text{factor} \cdot \max(1, 0.99\,\rho)) & \text{smoothed} \\
         \max(1, 0.99\,\rho) & \text{else} \end{cases}
 
     with :math:`W_t` before and :math:`W` after the optimizer's step; :math:`\rho` starts at 1 for each weight.
 
     Args:
         factor: What a smoothing multiplies a weight's :math:`\rho` by; 1 damps nothing.
-        weight_of: Finds the stored weight of a name.
+        weight_of: Finds the stored weight of a name; None where there is none any more.
 
     Attributes:
         rho: The factors above 1, by name.
@@ -52,7 +58,7 @@ class Damping:
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> damping = Damping(2.0, {"w": weight}.__getitem__)
+        >>> damping = Damping(2.0, {"w": weight}.get)
         >>> damping.strike(["w"])
         >>> weight.grad = torch.ones(2)
         >>> optimizer.step()
@@ -70,78 +76,88 @@ class Damping:
     patience = 20
     """Steps in a row in which no optimizer was seen before that is said."""
 
-    def __init__(self, factor: float, weight_of: Callable[[str], Tensor]) -> None:
+    def __init__(self, factor: float, weight_of: Callable[[str], Tensor | None]) -> None:
         self.factor = factor
         self.rho: dict[str, float] = {}
         self._weight_of = weight_of
         self._copies: list[tuple[str, Tensor, Tensor]] = []
         self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
         self._unseen = 0
-        self._end: weakref.finalize[..., Damping] | None = None
 
-    def forget(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        r"""Bring every factor closer to 1, at the beginning of a step of the guard.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Damping":
+        twin = Damping(self.factor, copy.deepcopy(self._weight_of, memo))
+        twin.load(self.rho)
+        return twin
 
-        Args:
-            optimizer: Whose step may be under way, if it is known.
-        """
+    def forget(self) -> None:
+        r"""Bring every factor closer to 1, at the beginning of a step of the guard."""
         self._notice_missing()
         self.load({name: self.forgetting * rho for name, rho in self.rho.items()})
-        self._copy_again(optimizer)
+        self._copy_again()
 
     def strike(self, names: Collection[str], optimizer: torch.optim.Optimizer | None = None) -> None:
         r"""Damp weights more.
 
         Args:
             names: Those that are smoothed.
-            optimizer: Whose step may be under way, if it is known.
+            optimizer: Whose step may be under way, if it is known: the hooks have not seen it begin if these are the
+                first weights to be damped.
         """
-        if self.factor > 1 and names:
-            self.load({**self.rho, **{n: min(self.most, self.factor * self.rho.get(n, 1.0)) for n in names}})
-            self._copy_again(optimizer)
+        if self.factor == 1 or not names:
+            return
+        if not self.rho and optimizer is not None:
+            self._stepping = weakref.ref(optimizer)
+        self.load({**self.rho, **{name: self.factor * self.rho.get(name, 1.0) for name in names}})
+        self._copy_again()
 
     def load(self, rho: Mapping[str, float]) -> None:
         r"""Set all factors.
 
         Args:
-            rho: By name; those that are not above 1 damp nothing.
+            rho: By name; those that are not above 1 damp nothing, and none does where the policy damps nothing.
         """
-        self.rho = {name: value for name, value in rho.items() if value > 1}
-        if self.rho and self._end is None:
-            self._end = weakref.finalize(self, _remove, _listen(weakref.ref(self)))
-        elif not self.rho:
-            self.stop()
+        self.rho = {n: min(self.most, value) for n, value in rho.items() if value > 1 and self.factor > 1}
+        if self.rho:
+            _HOOKS.add(self)
+        else:
+            _HOOKS.discard(self)
 
     def stop(self) -> None:
         r"""Damp nothing from now on."""
-        self.rho = {}
+        self.load({})
         self._copies.clear()
         self._stepping, self._unseen = None, 0
-        if self._end is not None:
-            self._end()
-            self._end = None
 
-    def _copy_again(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def _copy_again(self) -> None:
         # A guard that steps inside the optimizer's step, from a hook or a closure, may have folded: copies are stale.
         self._copies.clear()
-        inside = optimizer if self._stepping is None else self._stepping()
+        inside = self._stepping() if self._stepping is not None else None
         if inside is not None and self.rho:
-            self._before(inside)
+            self.before(inside)
 
     @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        r"""Copy the damped weights that an optimizer is about to move.
+
+        Args:
+            optimizer: The optimizer.
+        """
         self._stepping = weakref.ref(optimizer)
         self._copies.clear()
-        moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        moved = {
+            id(weight) for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
+        }
         weights = [(name, self._weight_of(name)) for name in self.rho]
-        found = [(name, _local(weight)) for name, weight in weights if id(weight) in moved]
+        found = [(name, _local(weight)) for name, weight in weights if weight is not None and id(weight) in moved]
         self._copies = [(name, weight, weight.clone()) for name, weight in found]
+        if found:
+            self._unseen = 0
 
     @torch.no_grad()
-    def _after(self) -> None:
+    def after(self) -> None:
+        r"""Draw back what was copied."""
         for name, weight, before in self._copies:
             weight.lerp_(before, 1 - 1 / self.rho[name])
-        self._unseen *= not self._copies
         self._copies.clear()
         self._stepping = None
 
@@ -156,27 +172,41 @@ class Damping:
             )
 
 
-def _listen(damping: "weakref.ref[Damping]") -> tuple[RemovableHandle, RemovableHandle]:
-    """Hook all optimizers without keeping the damping alive."""
+class _Hooks:
+    """The one pair of hooks; see Note [Hooks on all optimizers]."""
 
-    def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mine = damping()
-        if mine is not None:
-            mine._before(optimizer)
+    def __init__(self) -> None:
+        self._damping: weakref.WeakSet[Damping] = weakref.WeakSet()
+        self._handles: tuple[RemovableHandle, ...] = ()
 
-    def after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mine = damping()
-        if mine is not None:
-            mine._after()
+    def add(self, damping: Damping) -> None:
+        self._damping.add(damping)
+        if not self._handles:
+            before, after = (
+                register_optimizer_step_pre_hook(self._before),
+                register_optimizer_step_post_hook(self._after),
+            )
+            self._handles = (before, after)
 
-    return register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    def discard(self, damping: Damping) -> None:
+        self._damping.discard(damping)
+        if not self._damping:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = ()
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for damping in list(self._damping):
+            damping.before(optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for damping in list(self._damping):
+            damping.after()
 
 
-def _remove(handles: tuple[RemovableHandle, ...]) -> None:
-    for handle in handles:
-        handle.remove()
+_HOOKS = _Hooks()
 
 
 def _local(weight: Tensor) -> Tensor:
     # An optimizer moves each entry where it lies, and so does damping.
-    return weight.to_local() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+    return weight.to_local() if is_sharded(weight) else weight

@@ -87,7 +87,7 @@ class Guard:
         self._attached = True
         self._previewing = False
         self._announcer = Announcer(policy)
-        self._damping = Damping(policy.damping, lambda name: self._slots[name][0].weight)
+        self._damping = Damping(policy.damping, self._stored)
         self._padded_rank = 16
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
@@ -114,7 +114,8 @@ class Guard:
         Args:
             grad_norm: Global norm of the unscaled gradient *before* clipping, such as ``clip_grad_norm_`` returns
                 it; None computes it from the gradients. Pass it if you have it, it saves a pass over them.
-            optimizer: The optimizer, needed for ``GuardPolicy(reset_moments=True)`` only.
+            optimizer: The optimizer, needed for ``GuardPolicy(reset_moments=True)``, and to damp the first trigger's
+                update if this is called inside the optimizer's step, from a closure.
 
         Returns:
             What was seen and done. On ``event.skip`` the gradients are gone and ``optimizer.step()`` is harmless.
@@ -134,7 +135,7 @@ class Guard:
         if self._opened or self._stale:
             self._fold_and_reset(optimizer)
         if self._damping.rho:
-            self._damping.forget(optimizer)
+            self._damping.forget()
         self.steps += 1
         looks = self.detector.look(self._matrices)
         if self.policy.deferred:
@@ -235,10 +236,10 @@ class Guard:
             StateError: If the guard is previewing, a backward pass runs, or a parametrization lies over a view.
         """
         if self._attached:
+            self._damping.stop()
             self._require_ready("guard.detach()")
             detach(self.model)
             self._attached = False
-            self._damping.stop()
             if self._watch is not None:
                 self._watch.remove()
 
@@ -279,7 +280,8 @@ class Guard:
         self.detector.load_state_dict(state["detector"])
         self._struck.clear()
         self._stale = {name for name, value in state.get("stale", {}).items() if value}
-        self._damping.load({name: float(value) for name, value in state.get("damping", {}).items()})
+        damping = state.get("damping", {})
+        self._damping.load({name: float(damping.get(name, 1.0)) for name in self.views})
         for name, view in self.views.items():
             view.close()
             view.openings = int(state["openings"][name])
@@ -351,6 +353,10 @@ class Guard:
                 "guard.watch(optimizer) steps this guard already, and a second step would count the gradient twice; "
                 "drop this call, or remove() the handle that watch() returned"
             )
+
+    def _stored(self, name: str) -> Tensor | None:
+        slot = self._slots[name][0]
+        return slot.module._parameters.get(slot.name) if self._first.views is self._placed else None
 
     def _matrices(self) -> dict[str, tuple[Matrix, ...]]:
         return watched_matrices(self._slots, self.views)

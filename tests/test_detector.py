@@ -430,7 +430,7 @@ def test_what_is_measured_together_with_a_spike_is_not_learnt():
     assert torch.equal(both.levels("a")[0], level)
     verdict = both.judge(1.0, [look.tolist() for look in both.look(lambda: weights)])
     assert (verdict.triggered, verdict.names, verdict.held) == (False, (), ("a",))
-    assert "on alert until step 24" in verdict.reason
+    assert "on alert until step 54" in verdict.reason
 
 
 def test_levels_come_in_the_shapes_of_the_matrices_and_not_below_fresh_ones():

@@ -687,13 +687,17 @@ def test_views_that_stand_by_are_closed_for_everyone_but_the_compiler():
     assert not any(view.is_read for view in guard.views.values())
 
 
-def test_the_edge_is_the_published_one_and_the_baseline_needs_a_detector_that_keeps_it():
+def test_the_edge_follows_from_what_the_detector_keeps():
     def edge_of(**options):
         with attach(net(), **options) as guard:
             return next(iter(guard.views.values())).smoothing.edge
 
-    assert edge_of() == edge_of(detector=GradientNormRatio()) == "dominant"
-    assert edge_of(edge="baseline") == "baseline"
+    assert edge_of() == "baseline"
+    assert edge_of(detector=StableRankFloor()) == "baseline"
+    assert edge_of(detector=GradientNormRatio()) == "dominant"
+    assert edge_of(edge="dominant") == "dominant"
+    assert edge_of(smoothing="log") == "baseline"
+    assert edge_of(smoothing="softmax") == edge_of(smoothing="noise") == "dominant"
     with pytest.raises(ArgumentError, match="needs a detector that remembers healthy norms, got GradientNormRatio"):
         attach(net(), edge="baseline", detector=GradientNormRatio())
     with pytest.raises(ArgumentError, match="use 'init' or 'reference'"):

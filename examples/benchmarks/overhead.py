@@ -11,22 +11,23 @@ ratio of whole steps. Figures of a line (shares and ratios are of one plain step
     quiet_step_ratio         whole guarded steps over plain ones; noise included
     look_seconds             one look of StableRankFloor at all weights
     floor_share              StableRankFloor at its default period, per step; goal 0.01
-    triggered_ratio_fresh    a step whose forward pass reads open gates on all weights, over a plain one, at the default
-                             edge: fresh weights
+    triggered_ratio_fresh    a step whose forward pass reads open gates on all weights, and whose optimizer's step damps
+                             them, over a plain one, at the published edge: fresh weights
     triggered_ratio_trained  the same after some steps of training; goal 2.4 (published), aim 1.2
     triggered_ratio_collapsed  the same where four directions have taken over every weight (stable rank about 5), as
                              where a detector fires; directions that are few cost less to find in larger matrices
     triggered_decomposing    the part of triggered_ratio_trained - 1 that is linear algebra: finding the directions
+    damped_share             damping all weights in the optimizer's step: copies before, drawing back after
     total_share_observed     of a run of 2,500 steps under the default detector: quiet steps, looks (dense at first and
-                             after each trigger), and triggers of all weights at the rate of `run`; goal 0.002
+                             after each trigger), and triggers of all weights at the rate of `run`, each with the steps
+                             that are damped after it; goal 0.002
     total_share_published    the same at the published rate of triggers, 0.0025, all owed to the gradient norm: each
                              with its alert, in which weights are held as often as in `alarmed`
     seconds                  what this line took
 
-`run` is a training run of 2,500 steps of the smallest size with pss.attach's own detector at a sane rate, at the edge
-that costs more when it fires, `baseline`, whose alerts look at every step and hold what rises. Nothing in it is
-extrapolated: the time inside guard.step and in reading open gates, over the rest of the run; goal 0.002. `alarmed` is
-its beginning again with a false alarm every 400 steps, the published rate of triggers: none is needed.
+`run` is a training run of 2,500 steps of the smallest size with pss.attach as it comes at a sane rate. Nothing in it is
+extrapolated: the time inside guard.step, in reading open gates and in damping, over the rest of the run; goal 0.002.
+`alarmed` is its beginning again with a false alarm every 400 steps, the published rate of triggers: none is needed.
 
     python examples/benchmarks/overhead.py [--sizes small,medium,large] [--modes eager,compiled] [--run-steps 2500]
     python examples/benchmarks/overhead.py --report     # only writes the README's table from results/overhead.json
@@ -35,6 +36,7 @@ its beginning again with a false alarm every 400 steps, the published rate of tr
 import argparse
 import contextlib
 import json
+import math
 import platform
 import statistics
 import time
@@ -49,6 +51,7 @@ from suite.methods.triggers import Periodic
 from torch import Tensor, nn
 
 import pss_param as pss
+from pss_param.damping import Damping
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results" / "overhead.json", HERE.parents[1] / "README.md"
@@ -120,14 +123,13 @@ class Bench:
         compiled: bool,
         detector: pss.Detector | None = None,
         rate: float = 3e-3,
-        edge: str | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.size, self.device = size, device
         self.model = GPT(size).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate)
         policy = pss.GuardPolicy(max_trigger_rate=1)
-        self.guard = pss.attach(self.model, detector=detector, edge=edge, policy=policy)
+        self.guard = pss.attach(self.model, detector=detector, policy=policy)
         self.run = torch.compile(self.model) if compiled else self.model
         self.calls = 0
 
@@ -148,8 +150,8 @@ class Bench:
         """Seconds of one step and of `guard.step` within it; a trigger is opened before and folded inside."""
         self.wait()
         start = time.perf_counter()
-        if trigger:
-            self.guard._open(list(self.guard.views.values()))  # what guard.step() does when its detector fires
+        if trigger:  # what guard.step() does when its detector fires
+            self.guard._damping.strike(self.guard._open(list(self.guard.views.values())))
         norm = self.backward()
         inner = time.perf_counter()
         if guarded:
@@ -157,9 +159,12 @@ class Bench:
         inner = time.perf_counter() - inner
         if self.guard.is_open and not trigger:
             self.guard.discard()  # the detector's own triggers are not what is timed here
+            self.guard._damping.stop()
         self.optimizer.step()
         self.wait()
-        return time.perf_counter() - start, inner
+        seconds = time.perf_counter() - start
+        self.guard._damping.stop()
+        return seconds, inner
 
     def wait(self) -> None:
         """Let the device finish."""
@@ -229,6 +234,11 @@ def looks_of_a_run(triggers: int, own: bool = True) -> int:
     return looks
 
 
+def steps_damped() -> float:
+    """Steps until one trigger by itself is forgotten, with the policy's damping."""
+    return math.log(pss.GuardPolicy().damping) / -math.log(Damping.forgetting)
+
+
 @contextlib.contextmanager
 def timing_of(owner: type, *names: str) -> Iterator[dict[str, float]]:
     """Seconds spent in methods of a class inside the block, by name."""
@@ -262,10 +272,10 @@ def observe(
     name: str, device: str, steps: int, detector: pss.Detector | None = None, rate: float = 1e-3
 ) -> dict[str, object]:
     """A real run: how often the detector triggers, and what the guard took of it."""
-    bench, inner, opened = Bench(SIZES[name], device, False, detector, rate, "baseline"), 0.0, 0
+    bench, inner, opened = Bench(SIZES[name], device, False, detector, rate), 0.0, 0
     bench.backward()  # what is set up once
     start = time.perf_counter()
-    with timing_of(pss.SmoothingView, "forward") as spent:
+    with timing_of(pss.SmoothingView, "forward") as spent, timing_of(Damping, "before", "after") as damped:
         for step in range(steps):
             for group in bench.optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / 50)
@@ -276,7 +286,7 @@ def observe(
             bench.wait()
             inner += time.perf_counter() - before
             bench.optimizer.step()
-    own, whole = inner + spent["forward"], time.perf_counter() - start
+    own, whole = inner + spent["forward"] + sum(damped.values()), time.perf_counter() - start
     triggers, weights = bench.guard.triggers, len(bench.guard.views)
     in_alerts = triggers * pss.StableRankFloor().alert * weights
     return {
@@ -312,15 +322,16 @@ def measure(
     step, look = statistics.median(plain), bench.look_seconds(rounds)
     for _ in range(rounds):  # on to where weights look as they do when a detector fires
         bench.timed(True)
-    with timing_of(pss.SmoothingView, "_decompose") as spent:
+    with timing_of(pss.SmoothingView, "_decompose") as spent, timing_of(Damping, "before", "after") as damping:
         trained, _ = triggered_ratio(bench, rounds)
     collapse(bench)
     collapsed, _ = triggered_ratio(bench, 2)
     quiet = (statistics.median(inner) + bench.read_seconds()) / step
+    damped = sum(damping.values()) / (rounds + 1) / step
 
     def total(seen: dict[str, object], own: bool) -> float:
         looks = looks_of_a_run(round(seen["rate"] * WHOLE_RUN), own) / WHOLE_RUN
-        return quiet + looks * look / step + seen["rate_of_whole_openings"] * (trained - 1)
+        return quiet + looks * look / step + seen["rate_of_whole_openings"] * (trained - 1 + steps_damped() * damped)
 
     return {
         "size": name,
@@ -337,6 +348,7 @@ def measure(
         "triggered_ratio_trained": trained,
         "triggered_ratio_collapsed": collapsed,
         "triggered_decomposing": spent["_decompose"] / (rounds + 1) / step,
+        "damped_share": damped,
         "trained_steps": bench.calls,
         "total_share_observed": total(run, own=True),
         "total_share_published": total(alarmed, own=False),

@@ -47,7 +47,7 @@ def _row(line: Mapping[str, Any]) -> list[str]:
 def _observed(run: Mapping[str, Any]) -> str:
     return (
         f"Observed: {run['triggers']} triggers in {run['steps']} steps of the first one at a learning rate of "
-        f"{run['learning_rate']:g} under the default detector; the guard took {_percent(run['guard_share'])} of their "
+        f"{run['learning_rate']:g} with the guard as it comes; it took {_percent(run['guard_share'])} of their "
         "time, the denser looks of its beginning included."
     )
 

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damping: what it does to an update, when it hooks optimizers, and that nobody else notices."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import math
+import weakref
+
+import pytest
+import tiny_gpt
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import optimizer as hooks
+
+import pss_param as pss
+from pss_param.damping import Damping
+
+OPTIMIZERS = {
+    "SGD": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True),
+    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.1),
+    "RMSprop": lambda params, lr: torch.optim.RMSprop(params, lr=lr),
+    "Muon": lambda params, lr: torch.optim.Muon(params, lr=lr),
+}
+
+
+def hooked() -> int:
+    return len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks)
+
+
+def pair(seed: int = 0) -> nn.ParameterDict:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.ParameterDict({name: torch.randn(6, 5, generator=generator) for name in ("damped", "free")})
+
+
+def gradients(weights: nn.ParameterDict, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights.values():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+def net(width: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
+def train(model: nn.Module, guard: pss.Guard, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        guard.step()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rho", [math.sqrt(2), 8.0])
+def test_a_damped_update_is_that_of_a_smaller_learning_rate_and_others_are_as_ever(name, rho):
+    weights, slow, plain = pair(), pair(), pair()
+    damping = Damping(rho, weights.get)
+    damping.forgetting = 1.0
+    makers = [OPTIMIZERS[name](of.values(), lr) for of, lr in ((weights, 0.05), (slow, 0.05 / rho), (plain, 0.05))]
+    damping.strike(["damped"])
+    for step in range(5):
+        for of, optimizer in zip((weights, slow, plain), makers, strict=True):
+            gradients(of, step)
+            optimizer.step()
+        damping.forget()
+    torch.testing.assert_close(weights["damped"], slow["damped"])
+    assert not torch.allclose(weights["damped"], plain["damped"])
+    assert torch.equal(weights["free"], plain["free"])
+    damping.stop()
+
+
+@given(st.lists(st.booleans(), max_size=60), st.floats(1.0, 4.0))
+def test_factors_follow_the_formula_and_hooks_are_there_while_there_are_any(strikes, factor):
+    before = hooked()
+    damping, rho = Damping(factor, pair().get), 1.0
+    for strike in strikes:
+        damping.forget()
+        rho = max(1.0, 0.99 * rho)
+        if strike:
+            damping.strike(["damped"])
+            rho = min(64.0, factor * rho)
+        assert damping.rho.get("damped", 1.0) == pytest.approx(rho)
+        assert hooked() - before == (2 if rho > 1 else 0)
+    damping.stop()
+    assert hooked() == before
+    assert not damping.rho
+
+
+def test_a_factor_halves_in_69_steps():
+    damping = Damping(8.0, pair().get)
+    damping.strike(["damped"])
+    for _ in range(69):
+        damping.forget()
+    assert damping.rho["damped"] == pytest.approx(4.0, rel=0.01)
+    damping.stop()
+
+
+def test_optimizers_are_left_alone_before_the_first_trigger_and_after_detaching():
+    before, model = hooked(), net()
+    guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    train(model, guard, optimizer, range(2))
+    assert hooked() == before
+    assert guard.damping == {}
+    train(model, guard, optimizer, range(2, 3))
+    assert hooked() == before + 2
+    assert guard.damping == {"0.weight": 2**0.5, "2.weight": 2**0.5}
+    guard.detach()
+    assert hooked() == before
+
+
+def damped_net() -> tuple[nn.Module, pss.Guard, torch.optim.Optimizer]:
+    model = net()
+    guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    train(model, guard, optimizer, range(1))
+    assert guard.damping
+    return model, guard, optimizer
+
+
+def moved_as_a_whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an update is the optimizer's own, with nothing taken back."""
+    weight = next(iter(model.parameters()))
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return torch.allclose(weight, before - 1e-3)
+
+
+def test_a_guard_that_is_dropped_lets_its_model_go():
+    model, guard, optimizer = damped_net()
+    assert not moved_as_a_whole(model, optimizer)
+    gone = weakref.ref(guard)
+    del guard
+    gc.collect()
+    assert gone() is None
+    assert moved_as_a_whole(model, optimizer)
+
+
+def test_guards_that_are_collected_inside_a_step_disturb_nobody():
+    keep = damped_net()
+    for _ in range(20):
+        damped_net()
+    limits = gc.get_threshold()
+    gc.set_threshold(10, 2, 2)
+    try:
+        for _ in range(20):
+            keep[2].step()
+    finally:
+        gc.set_threshold(*limits)
+    keep[1].detach()
+
+
+@pytest.mark.parametrize("ends_with", [pss.detach, None])
+def test_what_is_detached_in_any_way_is_damped_no_more(ends_with):
+    model, guard, optimizer = damped_net()
+    if ends_with is None:
+        guard.detach()
+    else:
+        ends_with(model)
+        again = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt())
+        assert again.damping == {}
+    assert moved_as_a_whole(model, optimizer)
+
+
+def test_the_copy_of_a_guard_damps_the_copy_of_the_model_and_nothing_else():
+    model, guard, optimizer = damped_net()
+    twin, copied = copy.deepcopy((model, guard))
+    assert copied.damping == guard.damping
+    guard.detach()
+    assert moved_as_a_whole(model, optimizer)
+    assert not moved_as_a_whole(twin, torch.optim.SGD(twin.parameters(), lr=1e-3))
+    copied.detach()
+
+
+def test_a_policy_that_damps_nothing_keeps_to_that_after_a_resumption():
+    model, guard, optimizer = damped_net()
+    state = guard.state_dict()
+    guard.detach()
+    plain = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(), policy=pss.GuardPolicy(damping=1))
+    plain.load_state_dict(state)
+    assert plain.damping == {}
+    assert moved_as_a_whole(model, optimizer)
+
+
+def test_a_weight_that_is_gone_stops_nobodys_optimizer():
+    model, guard, _ = damped_net()
+    del model[0]._parameters["weight"]
+    weights = pair()
+    gradients(weights, 0)
+    torch.optim.SGD(weights.values(), lr=0.1).step()
+    assert guard.damping
+
+
+def test_a_weight_without_a_gradient_is_not_touched():
+    model, guard, optimizer = damped_net()
+    for parameter in model.parameters():
+        parameter.grad = None
+    versions = [parameter._version for parameter in model.parameters()]
+    optimizer.step()
+    assert [parameter._version for parameter in model.parameters()] == versions
+    guard.detach()
+
+
+def test_without_damping_a_trigger_changes_no_update():
+    model, twin = net(), net()
+    guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(1), policy=pss.GuardPolicy(damping=1))
+    optimizers = [torch.optim.AdamW(of.parameters(), lr=1e-2) for of in (model, twin)]
+    train(model, guard, optimizers[0], range(1))
+    with pss.attach(twin, targets="all", detector=tiny_gpt.FiresAt()) as other:
+        train(twin, other, optimizers[1], range(1))
+    assert guard.damping == {}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def by_hand(model, guard, optimizer, step):
+    train(model, guard, optimizer, range(step, step + 1))
+
+
+def watched(model, guard, optimizer, step):
+    guard.watch(optimizer)
+    optimizer.zero_grad()
+    model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+    optimizer.step()
+
+
+def in_a_closure(model, guard, optimizer, step):
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).square().sum()
+        loss.backward()
+        guard.step(optimizer=optimizer)
+        return loss
+
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("way", [watched, in_a_closure])
+def test_a_guard_that_steps_inside_the_optimizers_step_damps_alike(way):
+    ends = []
+    for kind in (by_hand, way):
+        model = net()
+        guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(2, 3, 4, 9))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(12):
+            kind(model, guard, optimizer, step)
+        assert guard.damping
+        guard.detach()
+        ends.append(model)
+    assert all(torch.equal(a, b) for a, b in zip(*(end.parameters() for end in ends), strict=True))
+
+
+def test_other_optimizers_are_not_slowed_down():
+    model = net()
+    guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(1))
+    train(model, guard, torch.optim.SGD(model.parameters(), lr=1e-3), range(1))
+    assert guard.damping
+    weights, plain = pair(), pair()
+    for of in (weights, plain):
+        gradients(of, 0)
+    torch.optim.SGD(weights.values(), lr=0.5).step()
+    guard.detach()
+    torch.optim.SGD(plain.values(), lr=0.5).step()
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+def test_a_step_that_the_scaler_leaves_out_changes_nothing():
+    weights = pair()
+    damping = Damping(4.0, weights.get)
+    optimizer = torch.optim.AdamW(weights.values(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    damping.strike(["damped"], optimizer)
+    before = copy.deepcopy(weights)
+    gradients(weights, 0)
+    weights["free"].grad[0, 0] = math.inf
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    scaler.update()
+    damping.forget()
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+    damping.stop()
+
+
+class Stumbles(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        raise KeyboardInterrupt
+
+
+def test_an_optimizer_that_is_interrupted_leaves_what_it_made_and_the_next_step_is_damped():
+    weights, plain = pair(), pair()
+    damping = Damping(2.0, weights.get)
+    damping.forgetting = 1.0
+    damping.strike(["damped"])
+    gradients(weights, 0)
+    gradients(plain, 0)
+    # The class is hooked when it is first made; SGD inside is hooked too, and damps before the interruption.
+    with pytest.raises(KeyboardInterrupt):
+        Stumbles(weights.values(), lr=0.5).step()
+    torch.optim.SGD(plain.values(), lr=0.25).step()
+    torch.testing.assert_close(weights["damped"], plain["damped"])
+    damping.forget()
+    gradients(weights, 1)
+    gradients(plain, 1)
+    torch.optim.SGD(weights.values(), lr=0.5).step()
+    torch.optim.SGD(plain.values(), lr=0.25).step()
+    torch.testing.assert_close(weights["damped"], plain["damped"])
+    damping.stop()
+
+
+def test_a_resumed_run_goes_on_bit_by_bit():
+    def begin():
+        model = net()
+        guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(2, 3, 12))
+        return model, guard, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    whole, resumed = begin(), begin()
+    train(*whole, range(6))
+    saved = [part.state_dict() for part in whole]
+    assert saved[1]["damping"]["0.weight"] > 1
+    saved = copy.deepcopy(saved)
+    train(*whole, range(6, 15))
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    resumed[1].detector.count = 6
+    train(*resumed, range(6, 15))
+    assert resumed[1].damping == whole[1].damping != {}
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), resumed[0].parameters(), strict=True))
+
+
+def test_a_state_of_before_there_was_damping_loads():
+    model = net()
+    guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(1))
+    train(model, guard, torch.optim.SGD(model.parameters(), lr=1e-3), range(1))
+    state = guard.state_dict()
+    del state["damping"]
+    guard.load_state_dict(state)
+    assert guard.damping == {}
+    guard.detach()
+
+
+def test_an_optimizer_that_cannot_be_hooked_is_told_of_once(caplog):
+    model = net()
+    guard = pss.attach(model, targets="all", detector=tiny_gpt.FiresAt(1, 2, 3, 4, 5))
+    with caplog.at_level(logging.WARNING, logger="pss_param"):
+        for step in range(60):
+            model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            guard.step()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=1e-3)
+            model.zero_grad()
+    assert sum("no torch.optim.Optimizer has moved them" in message for message in caplog.messages) == 1
+    guard.detach()
+
+
+@pytest.mark.parametrize("damping", [0.5, -1.0, math.inf, math.nan])
+def test_a_damping_that_would_speed_up_or_stop_is_refused(damping):
+    with pytest.raises(pss.ArgumentError, match="damping must be at least 1 and finite"):
+        pss.GuardPolicy(damping=damping)
+
+
+def test_repeated_triggers_become_fewer_at_a_deadly_rate():
+    def triggers(damping: float) -> int:
+        model = tiny_gpt.build(0)
+        guard = pss.attach(model, policy=pss.GuardPolicy(damping=damping))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=tiny_gpt.RATE)
+        for step in range(60):
+            tiny_gpt.loss_of(model, step).backward()
+            guard.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        return sum(view.openings for view in guard.views.values())
+
+    assert triggers(2**0.5) < triggers(1.0)
