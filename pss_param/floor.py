@@ -16,6 +16,7 @@ from pss_param.estimate import stable_rank_estimates
 __all__ = ["StableRankFloor"]
 
 _STEPS = ("step", "fired", "seen", "elapsed", "until")
+_NORMS = ("baseline", "level", "usual")
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 
 
@@ -37,6 +38,7 @@ class StableRankFloor(Detector):
     ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
     was smoothed to be so, falls that far in health. And :math:`\ell` is never below the spectral norm that the weight's
     initialiser gives (PyTorch's ``Linear`` where it is not known), so that what starts as zeros may grow to that size.
+    A first norm between a tenth and a half of that was given by another initialiser, and stands in its place.
 
     It sees what the gradient norm hides: at large learning rates without warm-up gradients only shrink while the
     weights collapse, and Muon, whose updates have equal singular values, lets norms grow while stable ranks stay. A
@@ -90,6 +92,8 @@ class StableRankFloor(Detector):
     """Two looks lie apart by the steps since the start, or since a trigger, over this."""
     slack = 1.05
     """Norms this far above their baseline are let be: a smoothing to within 1 % of ``||W||_F`` is no closer."""
+    small, nothing = 0.5, 0.1
+    """First norms below and above these, in norms that the initialiser gives, were given by another initialiser."""
 
     def __init__(
         self,
@@ -282,6 +286,8 @@ class StableRankFloor(Detector):
             seen = self._iterate(current)
         ranks, norms = seen.cpu().view(2, -1).unbind()
         self.baseline, self.measured = torch.minimum(ranks, self.fresh), True
+        begun_small = (norms > self.nothing * self.usual) & (norms < self.small * self.usual)
+        self.usual = torch.where(begun_small, norms, self.usual)
         self.level = self.usual
         self._learn(norms, ranks, 0.0)
 
@@ -304,7 +310,7 @@ class StableRankFloor(Detector):
         steps = {name: getattr(self, name) for name in _STEPS}
         flags = {"measured": int(self.measured), "on_left": int(self.on_left)}
         vectors = {str(i): vector for i, vector in enumerate(self._padded_vectors())}
-        return {**steps, **flags, "baseline": self.baseline.clone(), "level": self.level.clone(), "vectors": vectors}
+        return {**steps, **flags, **self._norms(), "vectors": vectors}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         r"""Take the baselines and the warm vectors back.
@@ -315,7 +321,7 @@ class StableRankFloor(Detector):
         Raises:
             ArgumentError: If it belongs to another set of weights.
         """
-        if "level" not in state:
+        if not set(_NORMS) <= set(state):
             raise ArgumentError("the saved detector has no baselines of norms, it is of an older version; begin anew")
         saved = [state["vectors"][str(i)] for i in range(len(state["vectors"]))]
         if [vector.shape for vector in saved] != [vector.shape for vector in self._padded_vectors()]:
@@ -326,10 +332,14 @@ class StableRankFloor(Detector):
         self.measured, self.on_left = bool(state["measured"]), bool(state["on_left"])
         rows = [m if self.on_left else n for m, n in self.sizes]
         self.vectors = [old[..., :row, :].clone() for old, row in zip(saved, rows, strict=True)]
-        self.baseline, self.level = (state[name].detach().to("cpu", copy=True) for name in ("baseline", "level"))
+        for name in _NORMS:
+            setattr(self, name, state[name].detach().to("cpu", copy=True))
         self._followed = -1
         for name in _STEPS:
             setattr(self, name, int(state[name]))
+
+    def _norms(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name).clone() for name in _NORMS}
 
     def _padded_vectors(self) -> list[Tensor]:
         # Copies that are as long as the longer side, whichever side they belong to at the moment.

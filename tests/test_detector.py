@@ -457,6 +457,23 @@ def test_a_weight_that_starts_small_may_grow_to_a_usual_size(std):
         assert not verdict.held
 
 
+def test_a_weight_of_a_smaller_initialiser_is_held_at_that_norm():
+    torch.manual_seed(0)
+    weights = {"small": (0.02 * torch.randn(32, 64),), "zeros": (torch.zeros(32, 64),)}
+    detector = settled(weights, period=1)
+    small, zeros = (float(detector.levels(name)[0]) for name in weights)
+    assert small == pytest.approx(float(torch.linalg.matrix_norm(weights["small"][0], 2)), rel=0.05)
+    assert zeros == pytest.approx((32**0.5 + 64**0.5) / (3 * 64) ** 0.5)
+    for value in weights.values():
+        value[0][0] += zeros / 64**0.5
+    verdicts = run_floor(detector, weights, 3)
+    assert verdicts[-1].names == ("small",)
+    twin = StableRankFloor(period=1)
+    twin.bind(lambda: weights)
+    twin.load_state_dict(detector.state_dict())
+    assert torch.equal(twin.usual, detector.usual)
+
+
 def test_a_stable_rank_that_falls_while_the_norm_does_not_rise_is_followed_in_silence():
     torch.manual_seed(0)
     weights = {"a": (torch.diag(torch.linspace(3, 1, 16)).contiguous(),)}
@@ -556,7 +573,7 @@ def test_a_state_without_norms_is_refused_in_words():
 
 def test_a_weight_may_grow_to_what_its_initialiser_gives():
     torch.manual_seed(0)
-    weights = {"a": (0.01 * torch.randn(32, 32),), "b": (0.01 * torch.randn(32, 32),)}
+    weights = {"a": (0.015 * torch.randn(32, 32),), "b": (0.01 * torch.randn(32, 32),)}
     detector = StableRankFloor(period=1)
     detector.hold({"a": 0.02, "b": None})
     detector.bind(lambda: weights)
