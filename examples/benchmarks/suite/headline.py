@@ -39,7 +39,7 @@ def live(records: Records) -> str:
         names = records.values("task", question="range", method=method)
         if set(names) == everywhere:  # a mean over some networks only would be compared with one over all
             prices = [value for task in names for value in sensitivity(records, task, method).values]
-            seeds = len(records.values("seed", question="range", method=method))
+            seeds = min(len(records.values("seed", question="range", task=task, method=method)) for task in names)
             counts = [str(len(names)), str(seeds)]
             rows.append([method, *counts, f"{score(records, method, names):.2f}x", f"{Spread(tuple(prices)).mean:.2f}"])
     head = ["in training", "networks", "seeds", "range of learning rates against unguarded"]
@@ -59,7 +59,7 @@ def offline(records: Records) -> str:
     rows = []
     for method in REMEDIES:
         late, early = (rescues.tally(records, found, method) for found in deaths.values())
-        if late.count and early.count:
+        if late.count == len(deaths["late"]) and early.count == len(deaths["early"]):
             rows.append(
                 [
                     method,

@@ -98,6 +98,8 @@ def quality(records: Records, task: str, method: str) -> Spread:
 def score(records: Records, method: str, names: list[str]) -> float:
     """One number for a method: the geometric mean over tasks of its range against the unguarded range, on its seeds.
 
+    Ranges are those of the grid: what lies beyond counts as its end.
+
     Args:
         records: all results.
         method: its name.
@@ -110,6 +112,7 @@ def score(records: Records, method: str, names: list[str]) -> float:
     for task in names:
         seeds = records.values("seed", question="range", task=task, method=method)
         mine, plain = largest(records, task, method), largest(records, task, "nothing", seeds)
+        mine, plain = min(mine, GRID[-1]), min(plain, GRID[-1])  # not every method was asked for more
         if mine == mine and plain == plain:
             ratios.append((mine or 0.25) / (plain or 0.25))
     return statistics.geometric_mean(ratios) if ratios else float("nan")
