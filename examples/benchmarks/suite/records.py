@@ -24,8 +24,10 @@ class Records:
         """See the class."""
         self.origins: dict[str, dict[str, Any]] = {}
         self._results: dict[Spec, Result] = {}
+        self._by_task: dict[tuple[str, str], dict[Spec, Result]] = {}
         for record in records:
-            self._results[Spec(**record["spec"])] = record["result"]
+            spec = Spec(**record["spec"])
+            self._results[spec] = self._by_task.setdefault((spec.question, spec.task), {})[spec] = record["result"]
             self.origins[json.dumps(record["origin"], sort_keys=True)] = record["origin"]
 
     def __len__(self) -> int:
@@ -41,9 +43,12 @@ class Records:
         Returns:
             What has these values.
         """
+        searched = self._results
+        if {"question", "task"} <= set(fields):  # most do ask for both, and there are thousands
+            searched = self._by_task.get((fields["question"], fields["task"]), {})
         return {
             spec: result
-            for spec, result in self._results.items()
+            for spec, result in searched.items()
             if all(getattr(spec, name) == value for name, value in fields.items())
         }
 
