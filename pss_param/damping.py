@@ -117,6 +117,7 @@ class Damping:
             rho: By name; those that are not above 1 damp nothing, and none does where the policy damps nothing.
         """
         self.rho = {n: min(self.most, value) for n, value in rho.items() if value > 1 and self.factor > 1}
+        self._copies.clear()
         if self.rho:
             _HOOKS.add(self)
         else:
@@ -125,12 +126,10 @@ class Damping:
     def stop(self) -> None:
         r"""Damp nothing from now on."""
         self.load({})
-        self._copies.clear()
         self._stepping, self._unseen = None, 0
 
     def _copy_again(self) -> None:
         # A guard that steps inside the optimizer's step, from a hook or a closure, may have folded: copies are stale.
-        self._copies.clear()
         inside = self._stepping() if self._stepping is not None else None
         if inside is not None and self.rho:
             self.before(inside)
@@ -182,11 +181,8 @@ class _Hooks:
     def add(self, damping: Damping) -> None:
         self._damping.add(damping)
         if not self._handles:
-            before, after = (
-                register_optimizer_step_pre_hook(self._before),
-                register_optimizer_step_post_hook(self._after),
-            )
-            self._handles = (before, after)
+            before = register_optimizer_step_pre_hook(self._before)
+            self._handles = (before, register_optimizer_step_post_hook(self._after))
 
     def discard(self, damping: Damping) -> None:
         self._damping.discard(damping)

@@ -92,8 +92,8 @@ class StableRankFloor(Detector):
     """Two looks lie apart by the steps since the start, or since a trigger, over this."""
     slack = 1.05
     """Norms this far above their baseline are let be: a smoothing to within 1 % of ``||W||_F`` is no closer."""
-    small, nothing = 0.5, 0.1
-    """First norms below and above these, in norms that the initialiser gives, were given by another initialiser."""
+    own_start = (0.1, 0.5)
+    """A first norm between these, in norms that the initialiser gives, was given by another initialiser."""
 
     def __init__(
         self,
@@ -286,8 +286,8 @@ class StableRankFloor(Detector):
             seen = self._iterate(current)
         ranks, norms = seen.cpu().view(2, -1).unbind()
         self.baseline, self.measured = torch.minimum(ranks, self.fresh), True
-        begun_small = (norms > self.nothing * self.usual) & (norms < self.small * self.usual)
-        self.usual = torch.where(begun_small, norms, self.usual)
+        least, most = (share * self.usual for share in self.own_start)
+        self.usual = torch.where((norms > least) & (norms < most), norms, self.usual)
         self.level = self.usual
         self._learn(norms, ranks, 0.0)
 

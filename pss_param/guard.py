@@ -236,10 +236,10 @@ class Guard:
             StateError: If the guard is previewing, a backward pass runs, or a parametrization lies over a view.
         """
         if self._attached:
-            self._damping.stop()
             self._require_ready("guard.detach()")
             detach(self.model)
             self._attached = False
+            self._damping.stop()
             if self._watch is not None:
                 self._watch.remove()
 

@@ -143,18 +143,42 @@ def test_a_guard_that_is_dropped_lets_its_model_go():
     assert moved_as_a_whole(model, optimizer)
 
 
+def collect(*_: object) -> None:
+    gc.collect()
+
+
 def test_guards_that_are_collected_inside_a_step_disturb_nobody():
-    keep = damped_net()
-    for _ in range(20):
-        damped_net()
-    limits = gc.get_threshold()
-    gc.set_threshold(10, 2, 2)
+    model, guard, optimizer = damped_net()
+    gc.disable()  # so that they are collected by the hook, while torch goes through all hooks
+    dropped = [weakref.ref(damped_net()[1]) for _ in range(3)]
+    others = [hooks.register_optimizer_step_pre_hook(hook) for hook in (collect, lambda *_: None)]
     try:
-        for _ in range(20):
-            keep[2].step()
+        assert all(one() is not None for one in dropped)
+        assert not moved_as_a_whole(model, optimizer)
+        assert all(one() is None for one in dropped)
     finally:
-        gc.set_threshold(*limits)
-    keep[1].detach()
+        gc.enable()
+        for handle in others:
+            handle.remove()
+    guard.detach()
+
+
+def test_a_state_that_is_loaded_before_the_optimizer_steps_is_what_counts():
+    model, guard, optimizer = damped_net()
+    healthy = {**guard.state_dict(), "damping": {}}
+    guard._damping.before(optimizer)  # as if its step had begun
+    guard.load_state_dict(healthy)
+    assert moved_as_a_whole(model, optimizer)
+    guard.detach()
+
+
+def test_a_detaching_that_is_refused_leaves_the_damping():
+    guard = damped_net()[1]
+    with guard.preview(), pytest.raises(pss.StateError, match="preview"):
+        guard.detach()
+    assert guard.damping
+    guard.detach()
+    assert guard.damping == {}
 
 
 @pytest.mark.parametrize("ends_with", [pss.detach, None])

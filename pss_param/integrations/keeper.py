@@ -104,7 +104,7 @@ class GuardKeeper:
 
         Args:
             grad_norm: Global gradient norm before clipping; None computes it.
-            optimizer: The optimizer, for a policy that resets moments.
+            optimizer: The optimizer; see :meth:`pss_param.Guard.step` for when it is needed.
 
         Returns:
             The event.
