@@ -13,7 +13,7 @@ from pss_param.guard import Guard, detach
 from pss_param.policy import GuardPolicy
 from pss_param.slot import Slot, occupied_slots
 from pss_param.smoothing import LOWERING_SHAPES, Smoothing
-from pss_param.targets import Target, TargetRules, select_parameters
+from pss_param.targets import Target, TargetRules, select_companions, select_parameters
 from pss_param.view import SmoothingView
 
 __all__ = ["attach"]
@@ -77,7 +77,8 @@ def attach(
     policy = GuardPolicy() if policy is None else policy
     rules = targets if isinstance(targets, TargetRules) else TargetRules(preset=targets)
     slots = _put_views(model, _find_slots(model, rules), chosen, policy.seed)
-    return Guard(model, slots, detector, policy)
+    companions = [_slot_named(model, name) for name in select_companions(model, slots)]
+    return Guard(model, slots, detector, policy, companions)
 
 
 def _put_views(

@@ -44,10 +44,12 @@ class Verdict(NamedTuple):
         reason: One clause for people; empty when nothing triggered.
         limit: The smallest gradient norm that would have triggered; infinite when no norm would.
         held: Weights above their levels while a detector is on alert: to be smoothed too, and no trigger.
+        pace: How fast, per step, the norms of the weights above their levels grow, as far as that was measured in this
+            step; None where no detector measures it.
 
     Example:
         >>> Verdict()
-        Verdict(triggered=False, names=(), ratio=nan, reason='', limit=inf, held=())
+        Verdict(triggered=False, names=(), ratio=nan, reason='', limit=inf, held=(), pace=None)
     """
 
     triggered: bool = False
@@ -56,6 +58,7 @@ class Verdict(NamedTuple):
     reason: str = ""
     limit: float = math.inf
     held: tuple[str, ...] = ()
+    pace: Mapping[str, float] | None = None
 
 
 class Detector(nn.Module):
@@ -375,18 +378,20 @@ def _union(verdicts: Sequence[Verdict]) -> Verdict:
     fired = [verdict for verdict in verdicts if verdict.triggered]
     ratio, limit = math.nan, math.inf
     held: tuple[str, ...] = ()
+    pace: Mapping[str, float] | None = None
     for verdict in verdicts:
         ratio = verdict.ratio if ratio != ratio else ratio  # the first that is a number
         limit = min(limit, verdict.limit)
         held += verdict.held
+        pace = verdict.pace if pace is None else {**pace, **(verdict.pace or {})}
     reason = "; ".join(verdict.reason for verdict in fired or verdicts if verdict.reason)
     if not fired:
-        return Verdict(ratio=ratio, reason=reason, limit=limit, held=held)
+        return Verdict(ratio=ratio, reason=reason, limit=limit, held=held, pace=pace)
     if any(verdict.names is None for verdict in fired):
         names = None
     else:
         names = tuple(dict.fromkeys(name for verdict in fired for name in verdict.names or ()))
-    return Verdict(True, names, ratio, reason, limit, held)
+    return Verdict(True, names, ratio, reason, limit, held, pace)
 
 
 def _require(holds: bool, rule: str) -> None:

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The stable-rank floor: a detector that watches the weights instead of the gradient, and knows how they were."""
+r"""The stable-rank floor: a detector that watches the weights instead of the gradient, and knows how they were.
+
+# Note [Pace]
+What tells a deadly learning rate from a healthy one before anything has collapsed is how fast norms grow: by tenths of
+a percent a step in health, by five to fifty percent under a rate that kills, from the first step on. The pace is the
+growth since the last measurement, per step, from what a smoothing at that measurement left. It triggers (``leap``), and
+it tells the guard by how much a weight's updates are too large (:class:`pss_param.GuardPolicy`, ``pace``).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +23,7 @@ from pss_param.estimate import stable_rank_estimates
 __all__ = ["StableRankFloor"]
 
 _STEPS = ("step", "fired", "seen", "elapsed", "until")
-_NORMS = ("baseline", "level", "usual")
+_NORMS = ("baseline", "level", "usual", "left")
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 
 
@@ -25,14 +32,16 @@ class StableRankFloor(Detector):
 
     .. math::
         \operatorname{SR}(W_t) < \text{fraction} \cdot b_t \wedge \sigma_1(W_t) > \ell_t \quad \text{or} \quad
-        \sigma_1(W_t) > \text{growth} \cdot \ell_t, \qquad
+        \sigma_1(W_t) > \text{growth} \cdot \ell_t \quad \text{or} \quad
+        p_t > \text{leap} \wedge \sigma_1(W_t) > \ell_t, \qquad
         \operatorname{SR}(W) = \lVert W \rVert_F^2 / \sigma_1^2,
 
     .. math::
         b_{t+s} = \text{decay}^s\, b_t + (1 - \text{decay}^s)\, \operatorname{SR}(W_{t+s}), \quad
         b_0 = \operatorname{SR}(W_0), \qquad \ell \text{ likewise of } \sigma_1,
 
-    with :math:`W_0` the weights at the first step, so that what is loaded or initialised after attach is no collapse.
+    with the pace :math:`p_t = (\sigma_1(W_t) / \sigma_1(W_{t-s}))^{1/s} - 1` since the last measurement, and
+    :math:`W_0` the weights at the first step, so that what is loaded or initialised after attach is no collapse.
     Healthy training lowers stable ranks and raises norms over hundreds of steps, and the baselines follow; a deadly
     learning rate does it within tens, and they stay. :math:`b` is never above the stable rank of independent entries,
     ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
@@ -48,7 +57,8 @@ class StableRankFloor(Detector):
     every step for ``alert`` steps, names every weight whose norm is above :math:`\ell` by more than 5 %
     (``Verdict.held``: that is no new trigger), and lets :math:`\ell` stay: with the edge ``baseline``, which smooths to
     :math:`\ell`, the whole model is held at the norms that it had in health, for as long as something goes on firing.
-    At other edges there are no alerts, and a fallen stable rank alone decides.
+    At other edges there are no alerts, and a fallen stable rank alone decides. With the edge ``baseline`` every verdict
+    tells the paces of the weights above :math:`\ell` (``Verdict.pace``).
 
     At a measurement each weight is read twice: once for its norm and once for half an iteration of power
     iteration, started from the vector of the last time. Weights move little in between, so the vector
@@ -66,7 +76,7 @@ class StableRankFloor(Detector):
             there for ever. A stable rank below the floor is not followed.
         seed: Seed of the start vectors.
         alert: Steps after a trigger in which norms are held; 0 holds none.
-        growth: The norm that triggers, in baselines, above 1; infinity ignores norms.
+        growth: The norm that triggers, in baselines, above 1; infinity ignores norms and how fast they grow.
 
     Raises:
         ArgumentError: If an argument is out of its range.
@@ -92,6 +102,9 @@ class StableRankFloor(Detector):
     """Two looks lie apart by the steps since the start, or since a trigger, over this."""
     slack = 1.05
     """Norms this far above their baseline are let be: a smoothing to within 1 % of ``||W||_F`` is no closer."""
+    leap = 0.05
+    """Growth per step, of a norm above its baseline, that triggers; healthy runs were seen to stay below a fifth of it
+    after their first steps."""
     own_start = (0.1, 0.5)
     """A first norm between these, in norms that the initialiser gives, was given by another initialiser."""
 
@@ -122,7 +135,7 @@ class StableRankFloor(Detector):
         self.places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
         self.sizes: list[tuple[int, int]] = []
         self.vectors: list[Tensor] = []
-        self.fresh = self.usual = self.baseline = self.level = self._before = _NOTHING
+        self.fresh = self.usual = self.baseline = self.level = self.left = self._before = _NOTHING
         self.measured = self.on_left = False
         self.holds, self._followed = True, -1
         self.stds: dict[str, float | None] = {}
@@ -153,7 +166,7 @@ class StableRankFloor(Detector):
             for _ in range(_count(part))
         ]
         self.usual = torch.tensor(usual, dtype=torch.float64, device="cpu")
-        self.baseline, self.level = torch.zeros_like(self.fresh), torch.zeros_like(self.fresh)
+        self.baseline, self.level, self.left = (torch.zeros_like(self.fresh) for _ in range(3))
 
     def look(self, weights: WeightSource) -> list[Tensor]:
         r"""Measure all stable ranks and norms when it is time, one tensor for the whole model.
@@ -183,21 +196,23 @@ class StableRankFloor(Detector):
         """
         (measured,) = seen
         if not measured:
-            return Verdict()
+            return _UNMEASURED if self.holds else _SILENT
         ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
-        fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
-        low, high = fall < self.fraction, rise > self.slack
-        # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
-        fires = (low & high) | (rise > self.growth) if self.holds else low
+        seen_now = self._compare(ranks, norms)
+        fires = seen_now.fires(self)
         struck = self._owning(fires)
-        held = self._owning(high) if self.holds and self.alert and (struck or self._on_alert) else ()
+        held = self._owning(seen_now.high) if self.holds and self.alert and (struck or self._on_alert) else ()
+        pace = self._paces(seen_now) if self.holds else None
         self._follow(ranks, norms, fires, self.elapsed)
         if struck:
             self.fired = self.step
             self.alarm()
-            return Verdict(True, struck, reason=self._reason(fires, fall, rise), held=held)
+            return Verdict(True, struck, reason=self._reason(fires, seen_now), held=held, pace=pace)
+        if not held:
+            return Verdict(pace=pace)
+        self._lower()
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
-        return Verdict(reason=reason, held=held) if held else Verdict()
+        return Verdict(reason=reason, held=held, pace=pace)
 
     def hold(self, stds: Mapping[str, float | None] | None) -> None:
         r"""Learn whether weights are held at their baselines; norms trigger nothing, and nothing alerts, where not.
@@ -213,6 +228,8 @@ class StableRankFloor(Detector):
             # What was measured together with a spike is not what is healthy.
             self.level = torch.where(self._before > 0, self._before, self.level)
         self.until = self.step + self.alert * self.holds
+        if self.holds:
+            self._lower()
 
     def levels(self, name: str) -> tuple[Tensor, ...]:
         r"""Tell the baselines of a weight's spectral norms.
@@ -229,15 +246,39 @@ class StableRankFloor(Detector):
     def _owning(self, chosen: Tensor) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name, one in zip(self.owners, chosen.tolist(), strict=True) if one))
 
-    def _reason(self, fires: Tensor, fall: Tensor, rise: Tensor) -> str:
+    def _compare(self, ranks: Tensor, norms: Tensor) -> "_Compared":
+        fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
+        pace = _quotients(norms, self.left) ** (1 / max(1, self.elapsed)) - 1
+        self.left = norms
+        return _Compared(fall, rise, pace, rise > self.slack)
+
+    def _paces(self, seen: "_Compared") -> dict[str, float]:
+        paces: dict[str, float] = {}
+        for name, pace, high in zip(self.owners, seen.pace.tolist(), seen.high.tolist(), strict=True):
+            if high:
+                paces[name] = max(pace, paces.get(name, pace))
+        return paces
+
+    def _lower(self) -> None:
+        # What is above its baseline is being smoothed down to it, and grows from there.
+        smoothed = (self.level > 0) & (self.left > self.slack * self.level)
+        self.left = torch.where(smoothed, self.level, self.left)
+
+    def _reason(self, fires: Tensor, seen: "_Compared") -> str:
         count = len(self._owning(fires))
-        falls, rises = (torch.where(fires, value, 1.0).tolist() for value in (fall, rise))
-        lowest, most = min(falls), max(rises)
+        falls, rises, paces = (
+            torch.where(fires, value, usual).tolist()
+            for value, usual in ((seen.fall, 1.0), (seen.rise, 1.0), (seen.pace, 0.0))
+        )
+        lowest, most, fastest = min(falls), max(rises), max(paces)
         if lowest < self.fraction:
             what = f"stable rank of {count} weight(s) fell below {self.fraction:g} x its baseline"
             return f"{what} (lowest {lowest:.2f} x in {self.owners[falls.index(lowest)]})"
-        what = f"spectral norm of {count} weight(s) rose above {self.growth:g} x its baseline"
-        return f"{what} (most {most:.2f} x in {self.owners[rises.index(most)]})"
+        if most > self.growth:
+            what = f"spectral norm of {count} weight(s) rose above {self.growth:g} x its baseline"
+            return f"{what} (most {most:.2f} x in {self.owners[rises.index(most)]})"
+        what = f"spectral norm of {count} weight(s) above its baseline grew by more than {self.leap:.0%} a step"
+        return f"{what} (most {fastest:.0%} in {self.owners[paces.index(fastest)]})"
 
     @property
     def _on_alert(self) -> bool:
@@ -355,6 +396,26 @@ class StableRankFloor(Detector):
         """
         first = f"fraction={self.fraction:g}, period={self.period}, decay={self.decay:g}"
         return f"{first}, alert={self.alert}, growth={self.growth:g}"
+
+
+class _Compared(NamedTuple):
+    """What a measurement says beside the baselines, one number for each matrix."""
+
+    fall: Tensor
+    rise: Tensor
+    pace: Tensor
+    high: Tensor
+
+    def fires(self, detector: StableRankFloor) -> Tensor:
+        low = self.fall < detector.fraction
+        if not detector.holds:
+            return low
+        # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
+        leaps = (self.pace > detector.leap) & math.isfinite(detector.growth)
+        return (self.high & (low | leaps)) | (self.rise > detector.growth)
+
+
+_SILENT, _UNMEASURED = Verdict(), Verdict(pace={})
 
 
 def _places(weights: Mapping[str, tuple[Matrix, ...]]) -> dict[str, list[tuple[int, tuple[int, ...]]]]:

@@ -69,10 +69,15 @@ class Guard:
     """
 
     def __init__(
-        self, model: nn.Module, slots: Mapping[str, list[Slot]], detector: Detector, policy: GuardPolicy
+        self,
+        model: nn.Module,
+        slots: Mapping[str, list[Slot]],
+        detector: Detector,
+        policy: GuardPolicy,
+        companions: Sequence[Slot] = (),
     ) -> None:
         self.model, self.detector, self.policy = model, detector, policy
-        self._slots = dict(slots)
+        self._slots, self._companions = dict(slots), tuple(companions)
         self.views: dict[str, SmoothingView] = {}
         self._opened: set[str] = set()
         self._tag = tag_of(model)
@@ -87,7 +92,7 @@ class Guard:
         self._attached = True
         self._previewing = False
         self._announcer = Announcer(policy)
-        self._damping = Damping(policy.damping, self._stored)
+        self._damping = Damping(self._stored, self._following, len(self.views), on=policy.damping > 1)
         self._padded_rank = 16
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
@@ -102,7 +107,7 @@ class Guard:
 
     @property
     def damping(self) -> dict[str, float]:
-        r"""What the optimizer's updates are divided by, for the weights of which that is more than 1."""
+        r"""What the optimizer's updates are divided by, for the guarded weights of which that is more than 1."""
         return dict(self._damping.rho)
 
     def step(self, grad_norm: float | Tensor | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> Event:
@@ -152,7 +157,7 @@ class Guard:
         if not verdict.triggered and not verdict.held and not self.resting:
             return Event(self.steps, False, value, verdict.ratio)
         event = self._act(value, verdict)
-        self._damping.strike(event.smoothed, optimizer)
+        self._damping.strike(self._factors(verdict, event.smoothed), optimizer)
         return self._tell(event)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> Watch:
@@ -357,6 +362,23 @@ class Guard:
     def _stored(self, name: str) -> Tensor | None:
         slot = self._slots[name][0]
         return slot.module._parameters.get(slot.name) if self._first.views is self._placed else None
+
+    def _following(self) -> list[Tensor]:
+        # At other edges a smoothing does not tell whether the learning rate was at fault.
+        if self._first.views is not self._placed or not holds(next(iter(self.views.values())).smoothing):
+            return []
+        found = (slot.module._parameters.get(slot.name) for slot in self._companions)
+        return [parameter for parameter in found if parameter is not None]
+
+    def _factors(self, verdict: Verdict, smoothed: Sequence[str]) -> dict[str, float]:
+        """What each smoothed weight's damping is multiplied by."""
+        damping, fast = self.policy.damping, self.policy.pace
+        if verdict.pace is None:
+            return dict.fromkeys(smoothed, damping)
+        paces = {name: verdict.pace[name] for name in smoothed if name in verdict.pace}
+        if self.policy.deferred:  # weights are measured once more before they are smoothed, so their pace is not known
+            return dict.fromkeys(paces, damping)
+        return {name: pace / fast for name, pace in paces.items() if pace > fast}
 
     def _matrices(self) -> dict[str, tuple[Matrix, ...]]:
         return watched_matrices(self._slots, self.views)

@@ -46,6 +46,10 @@ class GuardPolicy:
             at least 1; the product is at most 64 and halves in 69 steps. 1 damps nothing, as published. Needs an
             optimizer that is a :class:`torch.optim.Optimizer`, and room for a copy of the damped weights in its step.
             ``examples/benchmarks/results/stability.md`` has the default beside no damping.
+        pace: Growth per step of a weight's spectral norm that is fast enough, above 0. Where the detector measures it,
+            at the edge ``baseline``, ``damping`` only says whether to damp: updates of a smoothed weight are divided by
+            its growth over this, if that is more than 1, and those of biases, norms and whatever else is neither
+            guarded nor an embedding or output head by the geometric mean over the guarded weights.
 
     Raises:
         ArgumentError: If a value is out of its range.
@@ -64,6 +68,7 @@ class GuardPolicy:
     seed: int = 0
     deferred: bool = False
     damping: float = 2**0.5
+    pace: float = 0.003
 
     def over_budget(self, triggers: int, steps: int) -> bool:
         r"""Tell whether there were more triggers than the budget grants.
@@ -119,5 +124,7 @@ class GuardPolicy:
             raise ArgumentError(f"max_trigger_rate must lie in (0, 1], got {self.max_trigger_rate}; 1 never warns")
         if not 1 <= self.damping < math.inf:
             raise ArgumentError(f"damping must be at least 1 and finite, got {self.damping}; 1 damps nothing")
+        if not self.pace > 0:
+            raise ArgumentError(f"pace must be above 0, got {self.pace}; 0.003 is the default, damping=1 damps nothing")
         if self.max_nonfinite < 1:
             raise ArgumentError(f"max_nonfinite must be at least 1 step, got {self.max_nonfinite}")

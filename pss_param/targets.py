@@ -31,7 +31,7 @@ a missing `config.json` are taken as the one matrix that they also are.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,27 @@ def select_tensors(
         "an embedding, not in preset 'linear'"
     """
     return _Selector(inspect_tensors(tensors), rules or TargetRules(), config).select()
+
+
+def select_companions(model: nn.Module, guarded: Collection[str]) -> list[str]:
+    """Name the parameters that learn as slowly as the guarded ones do: :mod:`pss_param.damping`.
+
+    Args:
+        model: any module.
+        guarded: names of the guarded parameters.
+
+    Returns:
+        All others but embeddings and output heads.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)]), "head": nn.Linear(2, 2)})
+        >>> select_companions(model, ["layers.0.weight"])
+        ['layers.0.bias']
+    """
+    weights, _ = inspect_model(model)
+    names = Names.of(weight.name for weight in weights)
+    return [w.name for w in weights if w.name not in guarded and _role(w, names) not in _NOT_IN_BLOCKS]
 
 
 class _Selector:
