@@ -60,10 +60,10 @@ def train(model: nn.Module, guard: pss.Guard, optimizer: torch.optim.Optimizer, 
 @pytest.mark.parametrize("rho", [math.sqrt(2), 8.0])
 def test_a_damped_update_is_that_of_a_smaller_learning_rate_and_others_are_as_ever(name, rho):
     weights, slow, plain = pair(), pair(), pair()
-    damping = Damping(rho, weights.get)
+    damping = Damping(weights.get)
     damping.forgetting = 1.0
     makers = [OPTIMIZERS[name](of.values(), lr) for of, lr in ((weights, 0.05), (slow, 0.05 / rho), (plain, 0.05))]
-    damping.strike(["damped"])
+    damping.strike({"damped": rho})
     for step in range(5):
         for of, optimizer in zip((weights, slow, plain), makers, strict=True):
             gradients(of, step)
@@ -78,12 +78,12 @@ def test_a_damped_update_is_that_of_a_smaller_learning_rate_and_others_are_as_ev
 @given(st.lists(st.booleans(), max_size=60), st.floats(1.0, 4.0))
 def test_factors_follow_the_formula_and_hooks_are_there_while_there_are_any(strikes, factor):
     before = hooked()
-    damping, rho = Damping(factor, pair().get), 1.0
+    damping, rho = Damping(pair().get), 1.0
     for strike in strikes:
         damping.forget()
         rho = max(1.0, 0.99 * rho)
         if strike:
-            damping.strike(["damped"])
+            damping.strike({"damped": factor})
             rho = min(64.0, factor * rho)
         assert damping.rho.get("damped", 1.0) == pytest.approx(rho)
         assert hooked() - before == (2 if rho > 1 else 0)
@@ -92,9 +92,158 @@ def test_factors_follow_the_formula_and_hooks_are_there_while_there_are_any(stri
     assert not damping.rho
 
 
+class Blocks(nn.Module):
+    """Two blocks between an embedding and a head, with norms, biases, a tied bias and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 16)
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(2)])
+        self.head = nn.Linear(16, 8)
+        self.norms[1].bias = self.norms[0].bias
+        self.layers[1].bias.requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + torch.tanh(layer(norm(x)))
+        return self.head(x)
+
+
+class Paces(pss.Detector):
+    """Fire at every step for all weights, and tell paces."""
+
+    keeps_levels = True
+
+    def __init__(self, pace: dict[str, float] | None) -> None:
+        super().__init__()
+        self.pace = pace
+
+    def judge(self, norm, seen):
+        return pss.Verdict(True, None, pace=self.pace)
+
+    def levels(self, name):
+        return (torch.tensor(0.5),)
+
+
+FOLLOWERS = {"layers.0.bias", "norms.0.weight", "norms.0.bias", "norms.1.weight"}
+
+
+def moves_of(edge: str, paces: dict[str, float] | None, **policy) -> tuple[dict[str, float], dict[str, float]]:
+    """How far one step of SGD moves each parameter, over how far it moves it in an unguarded twin; and the damping."""
+    torch.manual_seed(0)
+    model = Blocks()
+    plain = copy.deepcopy(model)
+    detector = Paces(paces)
+    guard = pss.attach(model, edge=edge, detector=detector, policy=pss.GuardPolicy(max_trigger_rate=1.0, **policy))
+    before = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    for of in (model, plain):
+        optimizer = torch.optim.SGD(of.parameters(), lr=1e-2)
+        of(torch.arange(8)).square().sum().backward()
+        if of is model:
+            guard.step()
+        optimizer.step()
+    whole = {name: value.detach() for name, value in plain.named_parameters()}
+    moves = {
+        name: float((value.detach() - before[name]).norm() / (whole[name] - before[name]).norm())
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+    damping = guard.damping
+    guard.detach()
+    return moves, damping
+
+
+def test_a_weight_is_damped_by_its_pace_and_companions_by_the_mean():
+    moves, damping = moves_of("baseline", {"layers.0.weight": 0.048, "layers.1.weight": 0.012})
+    assert damping == {"layers.0.weight": pytest.approx(16.0), "layers.1.weight": pytest.approx(4.0)}
+    assert moves["layers.0.weight"] == pytest.approx(1 / 16, rel=1e-3)
+    assert moves["layers.1.weight"] == pytest.approx(1 / 4, rel=1e-3)
+    for name in FOLLOWERS:
+        assert moves[name] == pytest.approx(1 / 8, rel=1e-3), name
+    for name in moves.keys() - FOLLOWERS - damping.keys():
+        assert moves[name] == 1.0, name
+    assert {"embedding.weight", "head.weight", "head.bias"} < moves.keys()
+
+
+def test_a_weight_that_is_not_damped_counts_in_the_mean():
+    moves, damping = moves_of("baseline", {"layers.0.weight": 0.048, "layers.1.weight": 0.001})
+    assert list(damping) == ["layers.0.weight"]
+    assert moves["norms.0.weight"] == pytest.approx(1 / 4, rel=1e-3)
+    assert moves["layers.1.weight"] == 1.0
+
+
+def test_a_pace_that_is_fast_enough_is_the_policys():
+    damping = moves_of("baseline", {"layers.0.weight": 0.048}, pace=0.024)[1]
+    assert damping == {"layers.0.weight": pytest.approx(2.0)}
+    assert moves_of("baseline", {"layers.0.weight": 0.048}, pace=math.inf)[1] == {}
+    assert moves_of("baseline", {"layers.0.weight": 0.048}, damping=1)[1] == {}
+
+
+def test_a_spike_without_a_weight_above_its_level_damps_nothing():
+    moves, damping = moves_of("baseline", {})
+    assert damping == {}
+    assert set(moves.values()) == {1.0}
+
+
+def test_where_nobody_measures_paces_what_is_smoothed_is_damped_by_the_policys_factor():
+    both = {"layers.0.weight": 3.0, "layers.1.weight": 3.0}
+    assert moves_of("baseline", None, damping=3.0)[1] == both
+
+
+def test_at_other_edges_nothing_follows():
+    moves, damping = moves_of("dominant", None, damping=3.0)
+    assert len(damping) == 2
+    for name in FOLLOWERS:
+        assert moves[name] == 1.0
+
+
+def test_a_gradient_that_is_judged_a_step_later_tells_no_pace():
+    model = net(width=32)
+    both = pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor())
+    guard = pss.attach(model, targets="all", detector=both, policy=pss.GuardPolicy(deferred=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        model(torch.randn(4, 32, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        guard.step()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(4):
+        step()
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(1.5)
+    for _ in range(2):
+        step()
+    assert guard.damping == {"0.weight": pytest.approx(2**0.5)}
+    guard.detach()
+
+
+def test_companions_are_found_after_they_have_been_replaced_and_not_after_a_detaching():
+    model = Blocks()
+    guard = pss.attach(model, edge="baseline", detector=Paces({"layers.0.weight": 0.012, "layers.1.weight": 0.012}))
+    model.norms[0].weight = nn.Parameter(torch.ones(16))
+    model(torch.arange(8)).square().sum().backward()
+    guard.step()
+    optimizer = torch.optim.SGD([model.norms[0].weight], lr=1.0)
+    optimizer.step()
+    moved = float((model.norms[0].weight - 1).norm() / model.norms[0].weight.grad.norm())
+    assert moved == pytest.approx(1 / 4, rel=1e-3)
+    guard.detach()
+    assert moved_as_a_whole(model.norms[0], torch.optim.SGD(model.norms[0].parameters(), lr=1e-3))
+
+
+@pytest.mark.parametrize("pace", [0.0, -1.0, math.nan])
+def test_a_pace_that_nothing_could_keep_to_is_refused(pace):
+    with pytest.raises(pss.ArgumentError, match="pace must be above 0"):
+        pss.GuardPolicy(pace=pace)
+
+
 def test_a_factor_halves_in_69_steps():
-    damping = Damping(8.0, pair().get)
-    damping.strike(["damped"])
+    damping = Damping(pair().get)
+    damping.strike({"damped": 8.0})
     for _ in range(69):
         damping.forget()
     assert damping.rho["damped"] == pytest.approx(4.0, rel=0.01)
@@ -296,10 +445,10 @@ def test_other_optimizers_are_not_slowed_down():
 
 def test_a_step_that_the_scaler_leaves_out_changes_nothing():
     weights = pair()
-    damping = Damping(4.0, weights.get)
+    damping = Damping(weights.get)
     optimizer = torch.optim.AdamW(weights.values(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    damping.strike(["damped"], optimizer)
+    damping.strike({"damped": 4.0}, optimizer)
     before = copy.deepcopy(weights)
     gradients(weights, 0)
     weights["free"].grad[0, 0] = math.inf
@@ -319,9 +468,9 @@ class Stumbles(torch.optim.SGD):
 
 def test_an_optimizer_that_is_interrupted_leaves_what_it_made_and_the_next_step_is_damped():
     weights, plain = pair(), pair()
-    damping = Damping(2.0, weights.get)
+    damping = Damping(weights.get)
     damping.forgetting = 1.0
-    damping.strike(["damped"])
+    damping.strike({"damped": 2.0})
     gradients(weights, 0)
     gradients(plain, 0)
     # The class is hooked when it is first made; SGD inside is hooked too, and damps before the interruption.

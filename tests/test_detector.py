@@ -365,8 +365,9 @@ def test_floor_lets_an_orthogonal_matrix_become_an_ordinary_one():
     assert not any(verdict.triggered for verdict in run_floor(detector, weights, 30))
 
 
-def settled(weights, **options):
+def settled(weights, leap=StableRankFloor.leap, **options):
     detector = StableRankFloor(**options)
+    detector.leap = leap
     detector.bind(lambda: weights)
     run_floor(detector, weights, 1)
     return detector
@@ -401,10 +402,88 @@ def test_a_norm_that_leaps_fires_whatever_the_stable_rank_does():
     assert not run_floor(calm, weights, 1)[0].triggered
 
 
+def paces_of(detector, weights, growths, smoothed_to=None):
+    """Verdicts while weight "a" grows step by step; where it is smoothed, it is brought down first."""
+    verdicts = []
+    for growth in growths:
+        if smoothed_to is not None and verdicts and "a" in (verdicts[-1].names or verdicts[-1].held):
+            weights["a"][0].mul_(smoothed_to / norm_of(weights["a"][0]))
+        weights["a"][0].mul_(growth)
+        verdicts += run_floor(detector, weights, 1)
+    return verdicts
+
+
+def test_a_norm_that_grows_too_fast_fires_long_before_it_has_doubled():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
+    detector = settled(weights, period=1)
+    run_floor(detector, weights, 20)
+    verdicts = paces_of(detector, weights, [1.03, 1.03, 1.04, 1.1])
+    assert [v.triggered for v in verdicts] == [False, False, False, True]
+    assert verdicts[-1].names == ("a",)
+    assert "spectral norm of 1 weight(s) above its baseline grew by more than 5% a step (most 10% in a)" in (
+        verdicts[-1].reason
+    )
+
+
+def test_the_pace_is_the_growth_per_step_from_what_a_smoothing_left():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
+    detector = settled(weights, period=1)
+    run_floor(detector, weights, 20)
+    level = float(detector.levels("a")[0])
+    first, second, third = paces_of(detector, weights, [1.2, 1.1, 1.1], smoothed_to=level)
+    assert first.pace == {"a": pytest.approx(0.2, rel=0.05)}
+    assert second.pace == {"a": pytest.approx(0.1, rel=0.05)}
+    assert third.pace == {"a": pytest.approx(0.1, rel=0.05)}
+
+
+def test_the_pace_of_several_steps_is_their_mean():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    detector = settled(weights)
+    run_floor(detector, weights, 260)  # two measurements are 25 steps apart from here on
+    for _ in range(25):
+        weights["a"][0].mul_(1.01)
+        (verdict,) = run_floor(detector, weights, 1)
+    assert not verdict.triggered
+    while not verdict.pace:
+        weights["a"][0].mul_(1.01)
+        (verdict,) = run_floor(detector, weights, 1)
+    assert verdict.pace["a"] == pytest.approx(0.01, rel=0.15)
+
+
+def test_only_weights_above_their_level_have_a_pace_and_only_where_they_are_held():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(2, 24, 24),)}
+    detector = settled(weights, period=1)
+    weights["b"][0][1].mul_(1.5)
+    (verdict,) = run_floor(detector, weights, 1)
+    assert verdict.pace == {"b": pytest.approx(0.5, rel=0.1)}
+    published = StableRankFloor(period=1)
+    published.hold(None)
+    published.bind(lambda: weights)
+    weights["b"][0][1].mul_(1.5)
+    assert [v.pace for v in run_floor(published, weights, 2)] == [None, None]
+
+
+def test_any_of_passes_the_paces_on():
+    torch.manual_seed(0)
+    weights = {"a": (torch.randn(24, 24),)}
+    both = AnyOf(GradientNormRatio(settle=1), StableRankFloor(period=1))
+    both.bind(lambda: weights)
+    for growth, norm in ((1.0, 1.0), (1.3, 1.0), (1.2, 9.0)):
+        weights["a"][0].mul_(growth)
+        verdict = both.judge(norm, [look.tolist() for look in both.look(lambda: weights)])
+    assert verdict.names is None
+    assert list(verdict.pace) == ["a"]
+    assert AnyOf(GradientNormRatio()).judge(1.0, []).pace is None
+
+
 def test_an_alert_looks_at_every_step_holds_what_rises_and_learns_nothing():
     torch.manual_seed(0)
     weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
-    detector = settled(weights, alert=4)
+    detector = settled(weights, leap=math.inf, alert=4)
     run_floor(detector, weights, 300)
     level = detector.level.clone()
     detector.alarm()
@@ -420,6 +499,7 @@ def test_what_is_measured_together_with_a_spike_is_not_learnt():
     torch.manual_seed(0)
     weights = {"a": (torch.randn(24, 24),)}
     both = AnyOf(GradientNormRatio(settle=2), StableRankFloor(period=1))
+    both.members[1].leap = math.inf
     both.bind(lambda: weights)
     for norm in (1.0, 1.0, 1.0):
         both.judge(norm, [look.tolist() for look in both.look(lambda: weights)])
@@ -506,7 +586,7 @@ def test_at_an_edge_that_holds_nothing_norms_fire_nothing_and_nothing_alerts():
 def test_an_alert_of_no_steps_holds_nothing():
     torch.manual_seed(0)
     weights = {"a": (torch.randn(24, 24),), "b": (torch.randn(24, 24),)}
-    detector = settled(weights, period=1, alert=0)
+    detector = settled(weights, leap=math.inf, period=1, alert=0)
     weights["a"][0].mul_(2.5)
     weights["b"][0].mul_(1.3)
     assert [(v.names, v.held) for v in run_floor(detector, weights, 1)] == [(("a",), ())]

@@ -151,7 +151,8 @@ class Bench:
         self.wait()
         start = time.perf_counter()
         if trigger:  # what guard.step() does when its detector fires
-            self.guard._damping.strike(self.guard._open(list(self.guard.views.values())))
+            opened = self.guard._open(list(self.guard.views.values()))
+            self.guard._damping.strike(dict.fromkeys(opened, self.guard.policy.damping))
         norm = self.backward()
         inner = time.perf_counter()
         if guarded:
