@@ -11,7 +11,8 @@ that was never smoothed.
 Biases and the gains of norms have no spectrum to smooth, and at a deadly rate they end a run by themselves: of two deep
 perceptrons, with every matrix held at its healthy norm, one died at 16 and one at 8 times its rate, and both lived with
 all else slowed down tenfold, the second at 16 times. So they follow: the geometric mean of the weights' factors is
-theirs. Embeddings and the output head do not; they have to move far, and slowing them down cost healthy runs more than
+theirs, or what spikes of the gradient have made of their own, if that is more: a spike may come from them alone.
+Embeddings and the output head do not follow; they have to move far, and slowing them down cost healthy runs more than
 anything else here (a recurrent network 0.6 nats).
 
 # Note [After the optimizer's step]
@@ -64,6 +65,7 @@ class Damping:
 
     Attributes:
         rho: The factors above 1, by name.
+        following: What spikes have made of the companions' factor.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -94,6 +96,7 @@ class Damping:
         on: bool = True,
     ) -> None:
         self.rho: dict[str, float] = {}
+        self.following = 1.0
         self._weight_of, self._companions, self._among, self._on = weight_of, companions, among, on
         self._copies: list[tuple[Tensor, Tensor, float]] = []
         self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
@@ -101,44 +104,55 @@ class Damping:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Damping":
         twin = Damping(*copy.deepcopy((self._weight_of, self._companions, self._among, self._on), memo))
-        twin.load(self.rho)
+        twin.load(self.rho, self.following)
         return twin
 
     def forget(self) -> None:
         r"""Bring every factor closer to 1, at the beginning of a step of the guard."""
         self._notice_missing()
-        self.load({name: self.forgetting * rho for name, rho in self.rho.items()})
+        self.load({name: self.forgetting * rho for name, rho in self.rho.items()}, self.forgetting * self.following)
         self._copy_again()
 
     @property
-    def mean(self) -> float:
-        r"""The geometric mean of the factors, with 1 for the weights that are not damped."""
-        return math.exp(sum(map(math.log, self.rho.values())) / self._among)
+    def active(self) -> bool:
+        r"""Whether anything is damped."""
+        return bool(self.rho) or self.following > 1
 
-    def strike(self, factors: Mapping[str, float], optimizer: torch.optim.Optimizer | None = None) -> None:
-        r"""Damp weights more.
+    @property
+    def companions(self) -> float:
+        r"""The companions' factor: the weights' geometric mean, 1 for those not damped, or what spikes made of it."""
+        return max(self.following, math.exp(sum(map(math.log, self.rho.values())) / self._among))
+
+    def strike(
+        self, factors: Mapping[str, float], optimizer: torch.optim.Optimizer | None = None, following: float = 1.0
+    ) -> None:
+        r"""Damp weights and their companions more.
 
         Args:
-            factors: What each one's :math:`\rho` is multiplied by.
+            factors: What each weight's :math:`\rho` is multiplied by.
             optimizer: Whose step may be under way, if it is known: the hooks have not seen it begin if these are the
                 first weights to be damped.
+            following: What the companions' own factor is multiplied by.
         """
-        if not (self._on and factors):
+        if not self._on or not (factors or following > 1):
             return
-        if not self.rho and optimizer is not None:
+        if not self.active and optimizer is not None:
             self._stepping = weakref.ref(optimizer)
-        self.load({**self.rho, **{name: factor * self.rho.get(name, 1.0) for name, factor in factors.items()}})
+        struck = {name: factor * self.rho.get(name, 1.0) for name, factor in factors.items()}
+        self.load({**self.rho, **struck}, following * self.following)
         self._copy_again()
 
-    def load(self, rho: Mapping[str, float]) -> None:
+    def load(self, rho: Mapping[str, float], following: float = 1.0) -> None:
         r"""Set all factors.
 
         Args:
             rho: By name; those that are not above 1 damp nothing, and none does where the policy damps nothing.
+            following: The companions' own.
         """
         self.rho = {name: min(self.most, value) for name, value in rho.items() if value > 1 and self._on}
+        self.following = max(1.0, min(self.most, following)) if self._on else 1.0
         self._copies.clear()
-        if self.rho:
+        if self.active:
             _HOOKS.add(self)
         else:
             _HOOKS.discard(self)
@@ -151,7 +165,7 @@ class Damping:
     def _copy_again(self) -> None:
         # A guard that steps inside the optimizer's step, from a hook or a closure, may have folded: copies are stale.
         inside = self._stepping() if self._stepping is not None else None
-        if inside is not None and self.rho:
+        if inside is not None and self.active:
             self.before(inside)
 
     @torch.no_grad()
@@ -173,8 +187,8 @@ class Damping:
 
     def _damped(self) -> Iterable[tuple[Tensor, float]]:
         # By identity: a companion may be tied to another one, or to a weight.
-        mean = self.mean
-        damped = {id(companion): (companion, mean) for companion in self._companions()}
+        factor = self.companions
+        damped = {id(companion): (companion, factor) for companion in self._companions()}
         weights = ((self._weight_of(name), rho) for name, rho in self.rho.items())
         return {**damped, **{id(weight): (weight, rho) for weight, rho in weights if weight is not None}}.values()
 

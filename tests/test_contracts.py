@@ -82,7 +82,7 @@ def test_guard_state_keys():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     guard = pss.attach(model)
     state = guard.state_dict()
-    assert set(state) == {"counters", "detector", "openings", "stale", "damping"}
+    assert set(state) == {"counters", "detector", "openings", "stale", "damping", "following"}
 
 
 @pytest.mark.parametrize(
