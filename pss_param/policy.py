@@ -49,7 +49,8 @@ class GuardPolicy:
         pace: Growth per step of a weight's spectral norm that is fast enough, above 0. Where the detector measures it,
             at the edge ``baseline``, ``damping`` only says whether to damp: updates of a smoothed weight are divided by
             its growth over this, if that is more than 1, and those of biases, norms and whatever else is neither
-            guarded nor an embedding or output head by the geometric mean over the guarded weights.
+            guarded nor an embedding or output head by the geometric mean over the guarded weights, or by 2 for each
+            spike of the gradient if that is more.
 
     Raises:
         ArgumentError: If a value is out of its range.

@@ -116,12 +116,12 @@ class Paces(pss.Detector):
 
     keeps_levels = True
 
-    def __init__(self, pace: dict[str, float] | None) -> None:
+    def __init__(self, pace: dict[str, float] | None, names: tuple[str, ...] | None = None) -> None:
         super().__init__()
-        self.pace = pace
+        self.pace, self.names = pace, names
 
     def judge(self, norm, seen):
-        return pss.Verdict(True, None, pace=self.pace)
+        return pss.Verdict(True, self.names, pace=self.pace)
 
     def levels(self, name):
         return (torch.tensor(0.5),)
@@ -130,12 +130,14 @@ class Paces(pss.Detector):
 FOLLOWERS = {"layers.0.bias", "norms.0.weight", "norms.0.bias", "norms.1.weight"}
 
 
-def moves_of(edge: str, paces: dict[str, float] | None, **policy) -> tuple[dict[str, float], dict[str, float]]:
+def moves_of(
+    edge: str, paces: dict[str, float] | None, names: tuple[str, ...] | None = None, **policy
+) -> tuple[dict[str, float], dict[str, float]]:
     """How far one step of SGD moves each parameter, over how far it moves it in an unguarded twin; and the damping."""
     torch.manual_seed(0)
     model = Blocks()
     plain = copy.deepcopy(model)
-    detector = Paces(paces)
+    detector = Paces(paces, names)
     guard = pss.attach(model, edge=edge, detector=detector, policy=pss.GuardPolicy(max_trigger_rate=1.0, **policy))
     before = {name: value.detach().clone() for name, value in plain.named_parameters()}
     for of in (model, plain):
@@ -145,12 +147,12 @@ def moves_of(edge: str, paces: dict[str, float] | None, **policy) -> tuple[dict[
             guard.step()
         optimizer.step()
     whole = {name: value.detach() for name, value in plain.named_parameters()}
+    damping = guard.damping
     moves = {
         name: float((value.detach() - before[name]).norm() / (whole[name] - before[name]).norm())
         for name, value in model.named_parameters()
         if value.requires_grad
     }
-    damping = guard.damping
     guard.detach()
     return moves, damping
 
@@ -181,10 +183,44 @@ def test_a_pace_that_is_fast_enough_is_the_policys():
     assert moves_of("baseline", {"layers.0.weight": 0.048}, damping=1)[1] == {}
 
 
-def test_a_spike_without_a_weight_above_its_level_damps_nothing():
+def test_a_spike_without_a_weight_above_its_level_slows_down_the_companions_alone():
     moves, damping = moves_of("baseline", {})
     assert damping == {}
+    for name, moved in moves.items():
+        assert moved == pytest.approx(0.5 if name in FOLLOWERS else 1.0, rel=1e-3), name
+
+
+def test_a_trigger_that_names_its_weights_is_no_spike():
+    moves, damping = moves_of("baseline", {}, names=("layers.0.weight",))
+    assert damping == {}
     assert set(moves.values()) == {1.0}
+
+
+def test_the_companions_factor_of_spikes_is_forgotten_saved_and_copied_like_the_others():
+    model = Blocks()
+    guard = pss.attach(model, edge="baseline", detector=Paces({}))
+    before = hooked()
+    for _ in range(3):
+        model(torch.arange(8)).square().sum().backward()
+        guard.step()
+    factor = 2 * (0.99 * 2 * (0.99 * 2))
+    state = guard.state_dict()
+    assert state["following"] == pytest.approx(factor)
+    assert hooked() == before + 2
+    twin = copy.deepcopy((model, guard))[1]
+    assert twin.state_dict()["following"] == state["following"]
+    twin.detach()
+    guard.load_state_dict({**state, "following": 1.0})
+    assert hooked() == before
+    guard.load_state_dict(state)
+    assert guard.state_dict()["following"] == state["following"]
+    assert hooked() == before + 2
+    guard.detach()
+    assert hooked() == before
+    plain = pss.attach(model, edge="baseline", detector=Paces({}), policy=pss.GuardPolicy(damping=1))
+    plain.load_state_dict(state)
+    assert plain.state_dict()["following"] == 1.0
+    plain.detach()
 
 
 def test_where_nobody_measures_paces_what_is_smoothed_is_damped_by_the_policys_factor():
@@ -229,7 +265,7 @@ def test_companions_are_found_after_they_have_been_replaced_and_not_after_a_deta
     guard.step()
     optimizer = torch.optim.SGD([model.norms[0].weight], lr=1.0)
     optimizer.step()
-    moved = float((model.norms[0].weight - 1).norm() / model.norms[0].weight.grad.norm())
+    moved = float((model.norms[0].weight.detach() - 1).norm() / model.norms[0].weight.grad.norm())
     assert moved == pytest.approx(1 / 4, rel=1e-3)
     guard.detach()
     assert moved_as_a_whole(model.norms[0], torch.optim.SGD(model.norms[0].parameters(), lr=1e-3))
