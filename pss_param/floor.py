@@ -3,9 +3,10 @@ r"""The stable-rank floor: a detector that watches the weights instead of the gr
 
 # Note [Pace]
 What tells a deadly learning rate from a healthy one before anything has collapsed is how fast norms grow: by tenths of
-a percent a step in health, by five to fifty percent under a rate that kills, from the first step on. The pace is the
-growth since the last measurement, per step, from what a smoothing at that measurement left. It triggers (``leap``), and
-it tells the guard by how much a weight's updates are too large (:class:`pss_param.GuardPolicy`, ``pace``).
+a percent a step in health, by five to fifty percent under a rate that kills, from the first steps on. (An LSTM that
+learns from scratch is the exception that was met: its norms leap so in health too.) The pace is the growth since the
+last measurement, per step, from what a smoothing at that measurement left. It triggers (``leap``), and it tells the
+guard by how much a weight's updates are too large (:class:`pss_param.GuardPolicy`, ``pace``).
 """
 
 import math
@@ -103,8 +104,7 @@ class StableRankFloor(Detector):
     slack = 1.05
     """Norms this far above their baseline are let be: a smoothing to within 1 % of ``||W||_F`` is no closer."""
     leap = 0.05
-    """Growth per step, of a norm above its baseline, that triggers; healthy runs were seen to stay below a fifth of it
-    after their first steps."""
+    """Growth per step, of a norm above its baseline, that triggers."""
     own_start = (0.1, 0.5)
     """A first norm between these, in norms that the initialiser gives, was given by another initialiser."""
 
