@@ -44,7 +44,8 @@ class GuardPolicy:
             trigger twice in a row, since the second gradient was made before the first was judged.
         damping: What the optimizer's updates of a weight are divided by, once more for each time that it is smoothed,
             at least 1; the product is at most 64 and halves in 69 steps. 1 damps nothing, as published. Needs an
-            optimizer that is a :class:`torch.optim.Optimizer`, and room for a copy of the damped weights in its step.
+            optimizer that is a :class:`torch.optim.Optimizer`, and in its step room for a copy of the damped weights
+            and of what follows them (``pace``).
             ``examples/benchmarks/results/stability.md`` has the default beside no damping.
         pace: Growth per step of a weight's spectral norm that is fast enough, above 0. Where the detector measures it,
             at the edge ``baseline``, ``damping`` only says whether to damp: updates of a smoothed weight are divided by

@@ -135,7 +135,7 @@ def select_companions(model: nn.Module, guarded: Collection[str]) -> list[str]:
         guarded: names of the guarded parameters.
 
     Returns:
-        All others but embeddings and output heads.
+        All others but embeddings and output heads, under whatever name these and the guarded ones are held too.
 
     Example:
         >>> from torch import nn
@@ -145,7 +145,8 @@ def select_companions(model: nn.Module, guarded: Collection[str]) -> list[str]:
     """
     weights, _ = inspect_model(model)
     names = Names.of(weight.name for weight in weights)
-    return [w.name for w in weights if w.name not in guarded and _role(w, names) not in _NOT_IN_BLOCKS]
+    apart = {w.info.storage for w in weights if w.name in guarded or _role(w, names) in _NOT_IN_BLOCKS}
+    return [w.name for w in weights if w.info.storage not in apart]
 
 
 class _Selector:

@@ -9,7 +9,15 @@ from torch.nn.utils import parametrizations
 
 from pss_param.errors import ArgumentError
 from pss_param.matricize import LINEAR
-from pss_param.targets import PRESETS, Selection, TargetRules, TensorInfo, select_parameters, select_tensors
+from pss_param.targets import (
+    PRESETS,
+    Selection,
+    TargetRules,
+    TensorInfo,
+    select_companions,
+    select_parameters,
+    select_tensors,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -504,3 +512,28 @@ class TestRules:
 
     def test_presets_are_named(self):
         assert set(PRESETS) == {"qk", "attention", "mlp", "linear", "all", "none"}
+
+
+class TestCompanions:
+    def test_all_but_guarded_weights_embeddings_and_heads(self):
+        model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(8, 4),
+                "layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+                "norm": nn.LayerNorm(4),
+                "lm_head": nn.Linear(4, 8),
+            }
+        )
+        found = select_companions(model, ["layers.0.weight"])
+        assert found == ["layers.0.bias", "layers.1.weight", "layers.1.bias", "norm.weight", "norm.bias"]
+
+    def test_another_name_of_a_guarded_weight_or_of_an_embedding_is_none(self):
+        model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(4, 4),
+                "layers": nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)]),
+            }
+        )
+        model["layers"][1].weight = model["layers"][0].weight
+        model["layers"][2].weight = model["embed_tokens"].weight
+        assert select_companions(model, ["layers.0.weight"]) == []
