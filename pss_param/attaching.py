@@ -131,8 +131,6 @@ def _slot_named(model: nn.Module, name: str) -> Slot:
 
 
 def _unfit(slot: Slot) -> str:
-    if isinstance(slot.module, nn.RNNBase):
-        return "recurrent layers read their weights from a list of their own, past any view"
     if not slot.weight.requires_grad:
         return "it is frozen"
     return ""

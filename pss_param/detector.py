@@ -26,12 +26,24 @@ from torch import Tensor, nn
 from pss_param.errors import ArgumentError
 from pss_param.sharded import ShardedMatrix
 
-__all__ = ["AnyOf", "Detector", "GradientNormRatio", "Verdict"]
+__all__ = ["AnyOf", "Detector", "GradientNormRatio", "Origin", "Verdict"]
 
 Matrix: TypeAlias = "Tensor | ShardedMatrix"
 WeightSource: TypeAlias = Callable[[], Mapping[str, tuple[Matrix, ...]]]
 """Returns, by weight name, the matrices ``(..., m, n)`` that the weight acts as. Called only when needed.
 A weight that is sharded comes as the linear map that it is."""
+
+
+class Origin(NamedTuple):
+    r"""How a weight begins.
+
+    Attributes:
+        std: Standard deviation with which its initialiser draws; None where that is not known.
+        room: How many spectral norms of a fresh weight it may have in health: :mod:`pss_param.room`.
+    """
+
+    std: float | None = None
+    room: float = 1.0
 
 
 class Verdict(NamedTuple):
@@ -101,12 +113,11 @@ class Detector(nn.Module):
             The decision.
         """
 
-    def hold(self, stds: Mapping[str, float | None] | None) -> None:
+    def hold(self, origins: Mapping[str, Origin] | None) -> None:
         r"""Learn, before :meth:`bind`, whether weights are held at :meth:`levels`; most detectors need not know.
 
         Args:
-            stds: Where the guard's edge is ``baseline``, the standard deviation with which each weight's initialiser
-                draws, by name, None where that is not known; None at other edges.
+            origins: Where the guard's edge is ``baseline``, how each weight begins, by name; None at other edges.
         """
 
     def alarm(self) -> None:
@@ -353,14 +364,14 @@ class AnyOf(Detector):
         for detector in self._asked:
             detector.alarm()
 
-    def hold(self, stds: Mapping[str, float | None] | None) -> None:
+    def hold(self, origins: Mapping[str, Origin] | None) -> None:
         r"""Tell every member.
 
         Args:
-            stds: What each weight's initialiser draws with, where the guard's edge is ``baseline``; else None.
+            origins: How each weight begins, where the guard's edge is ``baseline``; else None.
         """
         for detector in self._asked:
-            detector.hold(stds)
+            detector.hold(origins)
 
     def levels(self, name: str) -> tuple[Tensor, ...]:
         r"""Ask the members, one after the other.

@@ -130,7 +130,19 @@ def init_level(m: int, n: int, std: float | None) -> float:
     Returns:
         The level.
     """
-    return (math.sqrt(m) + math.sqrt(n)) * (std if std is not None else 1 / math.sqrt(3 * n))
+    return (math.sqrt(m) + math.sqrt(n)) * (std if std is not None else fresh_std(n))
+
+
+def fresh_std(n: int) -> float:
+    """What PyTorch's ``Linear`` draws with.
+
+    Args:
+        n: columns, the fan-in.
+
+    Returns:
+        The standard deviation of an entry.
+    """
+    return 1 / math.sqrt(3 * n)
 
 
 def reference(healthy: Tensor) -> EdgeFunction:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pss_param.detector import Detector, Matrix, Verdict, WeightSource
+from pss_param.detector import Detector, Matrix, Origin, Verdict, WeightSource
 from pss_param.edges import init_level
 from pss_param.errors import ArgumentError
 from pss_param.estimate import stable_rank_estimates
@@ -48,7 +48,8 @@ class StableRankFloor(Detector):
     ``m n / (sqrt(m) + sqrt(n))^2``, nor :math:`\ell` below their spectral norm: a matrix that starts orthogonal, or
     was smoothed to be so, falls that far in health. And :math:`\ell` is never below the spectral norm that the weight's
     initialiser gives (PyTorch's ``Linear`` where it is not known), so that what starts as zeros may grow to that size.
-    A first norm between a tenth and a half of that was given by another initialiser, and stands in its place.
+    A first norm between a tenth and a half of that was given by another initialiser, and stands in its place. Matrices
+    of recurrent cells have room for eight times as much: :mod:`pss_param.room`.
 
     It sees what the gradient norm hides: at large learning rates without warm-up gradients only shrink while the
     weights collapse, and Muon, whose updates have equal singular values, lets norms grow while stable ranks stay. A
@@ -135,10 +136,10 @@ class StableRankFloor(Detector):
         self.places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
         self.sizes: list[tuple[int, int]] = []
         self.vectors: list[Tensor] = []
-        self.fresh = self.usual = self.baseline = self.level = self.left = self._before = _NOTHING
+        self.fresh = self.usual = self.room = self.baseline = self.level = self.left = self._before = _NOTHING
         self.measured = self.on_left = False
         self.holds, self._followed = True, -1
-        self.stds: dict[str, float | None] = {}
+        self.origins: dict[str, Origin] = {}
         # Steps: so far, at the last trigger, at the last measurement, from the one before to it, at the alert's end.
         self.step = self.fired = self.seen = self.elapsed = self.until = 0
 
@@ -159,13 +160,15 @@ class StableRankFloor(Detector):
         self.vectors = [self._start(part) for part in matrices]
         fresh = [rank for part in matrices for rank in _fresh_ranks(part)]
         self.fresh = torch.tensor(fresh, dtype=torch.float64, device="cpu")
+        parts = [(self.origins.get(name, Origin()), part) for name, parts in current.items() for part in parts]
         usual = [
-            init_level(part.shape[-2], part.shape[-1], self.stds.get(name))
-            for name, parts in current.items()
-            for part in parts
+            init_level(part.shape[-2], part.shape[-1], origin.std)
+            for origin, part in parts
             for _ in range(_count(part))
         ]
+        room = [origin.room for origin, part in parts for _ in range(_count(part))]
         self.usual = torch.tensor(usual, dtype=torch.float64, device="cpu")
+        self.room = torch.tensor(room, dtype=torch.float64, device="cpu")
         self.baseline, self.level, self.left = (torch.zeros_like(self.fresh) for _ in range(3))
 
     def look(self, weights: WeightSource) -> list[Tensor]:
@@ -214,13 +217,13 @@ class StableRankFloor(Detector):
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
         return Verdict(reason=reason, held=held, pace=pace)
 
-    def hold(self, stds: Mapping[str, float | None] | None) -> None:
+    def hold(self, origins: Mapping[str, Origin] | None) -> None:
         r"""Learn whether weights are held at their baselines; norms trigger nothing, and nothing alerts, where not.
 
         Args:
-            stds: What each weight's initialiser draws with, where the guard's edge is ``baseline``; else None.
+            origins: How each weight begins, where the guard's edge is ``baseline``; else None.
         """
-        self.holds, self.stds = stds is not None, dict(stds or {})
+        self.holds, self.origins = origins is not None, dict(origins or {})
 
     def alarm(self) -> None:
         r"""Begin an alert, or prolong it; at an edge that holds nothing there is none."""
@@ -328,7 +331,7 @@ class StableRankFloor(Detector):
         ranks, norms = seen.cpu().view(2, -1).unbind()
         self.baseline, self.measured = torch.minimum(ranks, self.fresh), True
         least, most = (share * self.usual for share in self.own_start)
-        self.usual = torch.where((norms > least) & (norms < most), norms, self.usual)
+        self.usual = self.room * torch.where((norms > least) & (norms < most), norms, self.usual)
         self.level = self.usual
         self._learn(norms, ranks, 0.0)
 

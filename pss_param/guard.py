@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pss_param.announcing import Announcer
 from pss_param.compiled import is_compiled, listen, note_traced, tag_of, was_traced
 from pss_param.damping import Damping
-from pss_param.detector import Detector, Matrix, Verdict
+from pss_param.detector import Detector, Matrix, Origin, Verdict
 from pss_param.errors import ArgumentError, StateError
 from pss_param.event import Event
 from pss_param.gradients import clear_nonfinite, drop_gradients, gradient_norm, treat_gradient
@@ -40,6 +40,7 @@ from pss_param.reading import Reading, read_now
 from pss_param.removal import detach, view_at
 from pss_param.resharding import reshard
 from pss_param.resuming import check_state, copied_state
+from pss_param.room import live_room
 from pss_param.slot import Slot
 from pss_param.smoothing import holds
 from pss_param.view import SmoothingView, inside_backward, refuse_inside_backward
@@ -102,7 +103,7 @@ class Guard:
         self._deferred: Reading | None = None
         self._watch: Watch | None = None
         listen()
-        detector.hold(self._stds())
+        detector.hold(self._origins())
         detector.bind(self._matrices)
 
     @property
@@ -442,11 +443,12 @@ class Guard:
         self._struck.update(names)
         return treat_gradient(self.model, self.policy, norm, verdict.limit)
 
-    def _stds(self) -> dict[str, float | None] | None:
+    def _origins(self) -> dict[str, Origin] | None:
         smoothings = {name: view.smoothing for name, view in self.views.items()}
         if not all(map(holds, smoothings.values())):
             return None
-        return {name: smoothing.init_std for name, smoothing in smoothings.items()}
+        leaves = {name: slots[0].name for name, slots in self._slots.items()}
+        return {name: Origin(smoothing.init_std, live_room(leaves[name])) for name, smoothing in smoothings.items()}
 
     def _open(self, views: Sequence[SmoothingView]) -> tuple[str, ...]:
         prepare = self.policy.prepare

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pss_param.roles import is_recurrent
+
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _QUANTISATION = re.compile(
     r"(^|[._])(scales?|scale_inv|zeros?|zero_point|absmax|qweight|qzeros|g_idx|scb|quant_map|weight_packed|weight_shape)$"
@@ -43,8 +45,8 @@ class Weight:
     Args:
         name: dotted name as the model or the checkpoint spells it.
         info: shape, dtype, storage.
-        kind: `linear`, `transposed`, `conv`, `conv_transposed`, `embedding`, `norm`, `in_proj`, or empty for
-            unknown.
+        kind: `linear`, `transposed`, `conv`, `conv_transposed`, `recurrent`, `embedding`, `norm`, `in_proj`, or empty
+            for unknown.
         groups: groups of a convolution; 0 for unknown.
         heads: attention heads, 0 for unknown.
         std: standard deviation of its initialiser, where the module tells.
@@ -69,20 +71,33 @@ def inspect_tensors(tensors: Mapping[str, TensorInfo]) -> list[Weight]:
     Returns:
         One description each, in order.
     """
-    return [_stored_weight(name, info) for name, info in tensors.items()]
+    return [_stored_weight(name, info, tensors) for name, info in tensors.items()]
 
 
-def _stored_weight(name: str, info: TensorInfo) -> Weight:
+def _stored_weight(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Weight:
     kind = _kind_by_shape(name, info)
-    # Only nn.MultiheadAttention has a parameter of this name, and it always draws it with xavier_uniform_.
-    std = math.sqrt(2 / sum(info.shape)) if kind == "in_proj" and all(info.shape) else None
+    std = _stored_std(name, info, tensors, kind) if all(info.shape) else None
     return Weight(name, info, kind, std=std, obstacle=obstacle(name, info))
+
+
+def _stored_std(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo], kind: str) -> float | None:
+    # Only nn.MultiheadAttention has a parameter of this name, and it always draws it with xavier_uniform_.
+    if kind == "in_proj":
+        return math.sqrt(2 / sum(info.shape))
+    if kind != "recurrent":
+        return None
+    # All of a cell is drawn from +-1/sqrt(hidden), and the matrix of the state has so many columns.
+    prefix, dot, leaf = name.rpartition(".")
+    of_state = tensors.get(prefix + dot + leaf.replace("weight_ih", "weight_hh"), info)
+    return 1 / math.sqrt(3 * of_state.shape[-1]) if of_state.shape and of_state.shape[-1] else None
 
 
 def _kind_by_shape(name: str, info: TensorInfo) -> str:
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "in_proj_weight" and len(info.shape) == 2:
         return "in_proj"
+    if is_recurrent(leaf) and len(info.shape) == 2:
+        return "recurrent"
     return "conv" if leaf == "weight" and 3 <= len(info.shape) <= 5 and "expert" not in name else ""
 
 
@@ -135,7 +150,7 @@ def _kind_of(module: nn.Module, leaf: str) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "in_proj" if leaf == "in_proj_weight" else "linear"
     if leaf != "weight":
-        return ""
+        return "recurrent" if is_recurrent(leaf) else ""
     # By the name of any base: transformers may be absent, and a parametrized module has a subclass as its type.
     if hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__):
         return "transposed"
@@ -160,6 +175,8 @@ def _std_of(module: nn.Module, kind: str, shape: tuple[int, ...], xavier: bool) 
         return math.sqrt(2 / sum(shape))
     if kind in {"linear", "conv", "conv_transposed"}:
         return 1 / math.sqrt(3 * math.prod(shape[1:]))
+    if kind == "recurrent" and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return 1 / math.sqrt(3 * module.hidden_size)
     return None
 
 

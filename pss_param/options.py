@@ -84,8 +84,9 @@ class RepairOptions:
             :mod:`pss_param.strength`, and is ``"gentle"`` where edge, smoothing, rank, targets or where are given.
             ``"gentle"`` brings down what stands out of the matrices inside the blocks and keeps the rest.
             ``"deep"`` undoes all that a deadly learning rate does: all matrices (heads and stems as well, but not
-            embeddings) get equal singular values at the scale of fresh ones, kernels of one input channel come down
-            to twice a fresh one's spectral norm, gains of norms go back to 1 and biases to 0.
+            embeddings) get equal singular values at 1.2 times the Frobenius norm of fresh ones; those that outgrow
+            fresh ones in health too (:mod:`pss_param.room`) are clipped at three times a fresh one's spectral norm,
+            kernels of one input channel at twice; gains of norms go back to 1 and biases to 0.
     """
 
     smoothing: str | Callable[[Tensor, Tensor], Tensor] | None = None

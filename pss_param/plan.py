@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pss_param.checkpoint import StoredTensor
 from pss_param.errors import ArgumentError
+from pss_param.room import roomy
 from pss_param.selection import matches
 from pss_param.targets import ONE_CHANNEL, Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
 from pss_param.vectors import initial_value
@@ -94,12 +95,14 @@ class Plan:
         skipped: reasons by name, in the checkpoint's order.
         kernels: those targets of a deep repair that may be depthwise kernels, of whose filters nothing but the norm is
             common.
+        roomy: those that may outgrow fresh ones in health: :mod:`pss_param.room`.
         vectors: values of a fresh model by name, of the norms and biases that a deep repair puts back.
     """
 
     targets: Mapping[str, Target]
     skipped: Mapping[str, str]
     kernels: frozenset[str] = frozenset()
+    roomy: frozenset[str] = frozenset()
     vectors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -138,6 +141,7 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
         {name: targets[name] for name in order if name in targets},
         {name: skipped[name] for name in order if name in skipped and name not in targets and name not in vectors},
         frozenset(name for name in outside if name in targets and _one_channel(infos[name].shape)),
+        roomy(targets.values(), infos),
         vectors,
     )
 

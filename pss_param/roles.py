@@ -60,6 +60,7 @@ _HEADS = _words("""
     proj_out output_projection
 """)
 _EMBEDDING = re.compile(r"embed|^w[tpe]e$|relative_.*bias|rel_pos|^pos_emb|^shared$|(cls|mask|dist)_token|codebook")
+_RECURRENT = re.compile(r"^weight_(ih|hh)(_l\d+)?(_reverse)?$")
 _NORM = re.compile(r"norm|^ln(_?\w{1,2})?$|^bn\d*$")
 _WORD_ATTENTION = re.compile(r"att(n|ention)?$|^attn|attention|^self$")
 _WORD_MLP = re.compile(r"mlp|^ffn?$|feed_?forward|dense_?relu_?dense|expert|moe|^intermediate$|^output$")
@@ -110,6 +111,22 @@ def is_norm(word: str) -> bool:
         (True, True, False)
     """
     return bool(_NORM.search(word))
+
+
+def is_recurrent(leaf: str) -> bool:
+    """Tell whether a parameter is a matrix of a recurrent cell (LSTM, GRU, tanh), by PyTorch's names for them.
+
+    Args:
+        leaf: the last word of its name.
+
+    Returns:
+        True where it is.
+
+    Example:
+        >>> is_recurrent("weight_hh_l0"), is_recurrent("weight_ih"), is_recurrent("weight_hr_l0")
+        (True, True, False)
+    """
+    return bool(_RECURRENT.match(leaf))
 
 
 def block_of(name: str) -> int | None:
@@ -176,7 +193,8 @@ def role_of(name: str, names: Names) -> str:
         names: all names of the model.
 
     Returns:
-        `head`, `embedding`, `norm`, `lora`, one of `ATTENTION_ROLES` or `MLP_ROLES`, `router`, or `other`.
+        `head`, `embedding`, `norm`, `lora`, one of `ATTENTION_ROLES` or `MLP_ROLES`, `router`, `recurrent`, or
+        `other`.
 
     Example:
         >>> role_of("bert.encoder.layer.0.attention.output.dense.weight", Names())
@@ -185,6 +203,8 @@ def role_of(name: str, names: Names) -> str:
         'down'
     """
     words = plain_name(name).split(".")
+    if is_recurrent(words[-1]):
+        return "recurrent"
     own = words[:-1] if words[-1] == "weight" else words
     while own and own[-1].isdigit():  # a Sequential's number is no name: to_out.0, mlp.2
         own = own[:-1]

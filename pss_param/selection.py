@@ -69,7 +69,7 @@ class Target:
 
     Args:
         name: its dotted name.
-        role: q, k, v, qkv, kv, o, gate, up, gate_up, down, expert_* of the same, router, conv, embedding,
+        role: q, k, v, qkv, kv, o, gate, up, gate_up, down, expert_* of the same, router, conv, recurrent, embedding,
             head, other.
         matricization: how it is unpacked into matrices.
         init_std: standard deviation that its initialiser draws with. None where it is unknown; the `init`

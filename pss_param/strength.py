@@ -25,6 +25,7 @@ from pss_param.edges import init
 from pss_param.options import RepairOptions, pick_device
 from pss_param.plan import TensorSource, make_plan
 from pss_param.reference import HealthySource
+from pss_param.room import DEEP
 from pss_param.spectrum import spectral_norm
 from pss_param.surgery import parts_of
 from pss_param.targets import Target
@@ -76,11 +77,14 @@ def settle(source: TensorSource, options: RepairOptions) -> tuple[RepairOptions,
 
 def _growths(source: TensorSource, options: RepairOptions, healthy: HealthySource) -> Iterator[float]:
     device = pick_device(options.device)
-    for target in _sample(list(make_plan(source, options.rules()).targets.values())):
+    plan = make_plan(source, options.rules())
+    for target in _sample(list(plan.targets.values())):
         weight = source.read(target.name).to(device).float()
         good = healthy.get(target.name, tuple(weight.shape)).to(device) if healthy.present else None
         if bool(torch.isfinite(weight).all()) and (good is None or bool(torch.isfinite(good).all())):
-            yield from _growths_of(target, weight, good, options.init_std or target.init_std)
+            allowed = DEEP if target.role == "conv" and target.name in plan.roomy and good is None else 1.0
+            for growth in _growths_of(target, weight, good, options.init_std or target.init_std):
+                yield growth / allowed
 
 
 def _sample(targets: list[Target]) -> list[Target]:

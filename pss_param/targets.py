@@ -230,7 +230,8 @@ class _Selector:
             return (
                 "fused q/k/v of unknown packing, q and k cannot be told from v; pass config.json or preset 'attention'"
             )
-        std = weight.std if self.config is None or weight.kind == "in_proj" else init_std(role, weight.name, family)
+        own = self.config is None or weight.kind in {"in_proj", "recurrent"}
+        std = weight.std if own else init_std(role, weight.name, family)
         return Target(weight.name, role, matricization, std, block_of(weight.name))
 
     def _family(self, weight: Weight) -> Family:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from pss_param.detector import AnyOf, GradientNormRatio
+from pss_param.detector import AnyOf, GradientNormRatio, Origin
 from pss_param.errors import ArgumentError
 from pss_param.floor import StableRankFloor
 
@@ -653,10 +653,11 @@ def test_a_state_without_norms_is_refused_in_words():
 
 def test_a_weight_may_grow_to_what_its_initialiser_gives():
     torch.manual_seed(0)
-    weights = {"a": (0.015 * torch.randn(32, 32),), "b": (0.01 * torch.randn(32, 32),)}
+    weights = {name: (std * torch.randn(32, 32),) for name, std in (("a", 0.015), ("b", 0.01), ("c", 0.015))}
     detector = StableRankFloor(period=1)
-    detector.hold({"a": 0.02, "b": None})
+    detector.hold({"a": Origin(0.02), "b": Origin(), "c": Origin(0.02, room=8.0)})
     detector.bind(lambda: weights)
     run_floor(detector, weights, 1)
     assert float(detector.levels("a")[0]) == pytest.approx(2 * 32**0.5 * 0.02)
     assert float(detector.levels("b")[0]) == pytest.approx(2 * 32**0.5 / (3 * 32) ** 0.5)
+    assert float(detector.levels("c")[0]) == pytest.approx(8 * 2 * 32**0.5 * 0.02)

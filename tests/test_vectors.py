@@ -45,11 +45,11 @@ def test_a_deep_repair_undoes_shape_scale_norms_and_biases():
     after, report = pss.repair_state_dict(before, pss.RepairOptions(strength="deep"))
     values = torch.linalg.svdvals(after["layers.0.mlp.up_proj.weight"])
     assert values.max() == pytest.approx(float(values.min()), rel=1e-3)
-    assert float(values.square().sum()) == pytest.approx(WIDTH / 3, rel=1e-3)  # m n std^2, std^2 = 1 / (3 n)
+    assert float(values.square().sum()) == pytest.approx(1.2**2 * WIDTH / 3, rel=1e-3)  # m n std^2, std^2 = 1 / (3 n)
     for name in ("stem.weight", "head.weight"):
         values = torch.linalg.svdvals(after[name])
         assert values.max() == pytest.approx(float(values.min()), rel=1e-3)
-        assert float(values.square().sum()) == pytest.approx(after[name].shape[0] / 3, rel=1e-3)
+        assert float(values.square().sum()) == pytest.approx(1.2**2 * after[name].shape[0] / 3, rel=1e-3)
     patches = after["patches.weight"].flatten(1)
     assert float(pss.spectral_norm(patches)) == pytest.approx(2 * fresh_norm(*patches.shape), rel=1e-2)
     assert torch.equal(after["layers.0.input_layernorm.weight"], torch.ones(WIDTH))

@@ -164,16 +164,14 @@ def test_waves_are_sines_and_cosines():
     assert found[3, 3] == pytest.approx(math.cos(3 / 10_000 ** (2 / 6)))
 
 
-def test_a_recurrent_layer_is_pytorchs_lstm():
-    layer, oracle, x = Recurrent(3, 5), nn.LSTM(3, 5, batch_first=True), torch.randn(2, 7, 3)
-    ours = {
-        "weight_ih_l0": layer.input_proj.weight,
-        "weight_hh_l0": layer.state_proj.weight,
-        "bias_ih_l0": layer.input_proj.bias,
-        "bias_hh_l0": layer.state_proj.bias,
-    }
-    oracle.load_state_dict(ours)
-    torch.testing.assert_close(layer(x), oracle(x)[0])
+def test_a_recurrent_layer_is_drawn_like_linear_layers_of_its_size():
+    torch.manual_seed(0)
+    drawn = Recurrent(5, 5).state_dict()
+    torch.manual_seed(0)
+    twins = [nn.Linear(5, 20), nn.Linear(5, 20)]
+    for side, twin in zip(("ih", "hh"), twins, strict=True):
+        assert torch.equal(drawn[f"weight_{side}_l0"], twin.weight)
+        assert torch.equal(drawn[f"bias_{side}_l0"], twin.bias)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")

@@ -6,6 +6,7 @@ Each has ``loss(batch)``, the mean cross-entropy in nats. The matrices that meth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -235,8 +236,8 @@ class Perceptron(Classifier):
         return self.head(x)
 
 
-class Recurrent(nn.Module):
-    """One LSTM layer, its two matrices each in a linear layer where any method finds them.
+class Recurrent(nn.LSTM):
+    """One LSTM layer, whose two matrices are drawn as those of linear layers are.
 
     Args:
         inputs: features per step.
@@ -244,16 +245,14 @@ class Recurrent(nn.Module):
     """
 
     def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.input_proj, self.state_proj = nn.Linear(inputs, 4 * width), nn.Linear(width, 4 * width)
+        super().__init__(inputs, width, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(batch, context, inputs)`` to ``(batch, context, width)``, starting from a state of zeros."""
-        zeros = x.new_zeros(1, len(x), self.width)
-        layers = self.input_proj, self.state_proj
-        weights = [layer.weight for layer in layers] + [layer.bias for layer in layers]
-        return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)[0]
+    def reset_parameters(self) -> None:
+        """Draw each matrix and its bias in turn; with inputs as wide as the state that is PyTorch's distribution."""
+        for side in ("ih", "hh"):
+            weight, bias = (getattr(self, f"{kind}_{side}_l0") for kind in ("weight", "bias"))
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            nn.init.uniform_(bias, -1 / math.sqrt(weight.shape[1]), 1 / math.sqrt(weight.shape[1]))
 
 
 class CharacterLSTM(Classifier):
@@ -275,5 +274,5 @@ class CharacterLSTM(Classifier):
         """Logits ``(batch, context, symbols)`` of characters ``(batch, context)``."""
         x = self.character_embedding(text)
         for layer in self.layers:
-            x = layer(x)
+            x, _ = layer(x)
         return self.head(x)
