@@ -3,10 +3,11 @@ r"""The stable-rank floor: a detector that watches the weights instead of the gr
 
 # Note [Pace]
 What tells a deadly learning rate from a healthy one before anything has collapsed is how fast norms grow: by tenths of
-a percent a step in health, by five to fifty percent under a rate that kills, from the first steps on. (An LSTM that
-learns from scratch is the exception that was met: its norms leap so in health too.) The pace is the growth since the
-last measurement, per step, from what a smoothing at that measurement left. It triggers (``leap``), and it tells the
-guard by how much a weight's updates are too large (:class:`pss_param.GuardPolicy`, ``pace``).
+a percent a step in health, by five to fifty percent under a rate that kills, from the first steps on. (Recurrent cells
+that learn from scratch are the exception that was met: their norms leap so in health too, but below the level at which
+they are held, :mod:`pss_param.room`.) The pace is the growth since the last measurement, per step, from what a
+smoothing at that measurement left. It triggers (``leap``), and it tells the guard by how much a weight's updates are
+too large (:class:`pss_param.GuardPolicy`, ``pace``).
 """
 
 import math

@@ -43,6 +43,7 @@ from torch.nn.utils import parametrize
 
 from pss_param.compiled import note_traced
 from pss_param.errors import ArgumentError, StateError
+from pss_param.flat_weights import flat_weights
 from pss_param.sharded import is_sharded
 from pss_param.view import SmoothingView
 
@@ -172,6 +173,8 @@ class Slot:
         module._parameters.clear()
         module._parameters.update(before)
         setattr(type(module), name, _reader(name))
+        if isinstance(module, nn.RNNBase):
+            type(module)._flat_weights = flat_weights  # type: ignore[assignment]
         module.__class__ = _shared_class(module)
 
     def clear(self) -> None:

@@ -6,7 +6,7 @@ as skipped, with the reason.
 
 | preset | chooses |
 |---|---|
-| `linear` | every matrix inside the numbered blocks, routers of experts and convolutions too |
+| `linear` | every matrix inside the numbered blocks, routers of experts and convolutions too; recurrent ones anywhere |
 | `attention` | q, k, v, o, fused or not |
 | `qk` | q and k; of a fused weight only these rows |
 | `mlp` | gate, up, down, dense and of experts |
@@ -218,7 +218,8 @@ class _Selector:
         if PRESETS[preset] and role not in PRESETS[preset]:
             return f"role {role!r} is not in preset {preset!r}"
         kept_out = self._kept_out(weight)
-        if kept_out or preset == "all" or not self.has_blocks or block_of(weight.name) is not None:
+        inside = block_of(weight.name) is not None or role == "recurrent"
+        if kept_out or preset == "all" or not self.has_blocks or inside:
             return kept_out
         return "outside the numbered blocks"
 
