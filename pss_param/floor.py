@@ -12,20 +12,19 @@ too large (:class:`pss_param.GuardPolicy`, ``pace``).
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pss_param.baselines import NUMBERS, Baselines, Compared, count_of
 from pss_param.detector import Detector, Matrix, Origin, Verdict, WeightSource
-from pss_param.edges import init_level
 from pss_param.errors import ArgumentError
 from pss_param.estimate import stable_rank_estimates
 
 __all__ = ["StableRankFloor"]
 
 _STEPS = ("step", "fired", "seen", "elapsed", "until")
-_NORMS = ("baseline", "level", "usual", "left")
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 
 
@@ -103,12 +102,8 @@ class StableRankFloor(Detector):
     """Full power iterations at the first look; the baseline's cap at a fresh stable rank hides what they leave."""
     denser = 5
     """Two looks lie apart by the steps since the start, or since a trigger, over this."""
-    slack = 1.05
-    """Norms this far above their baseline are let be: a smoothing to within 1 % of ``||W||_F`` is no closer."""
     leap = 0.05
     """Growth per step, of a norm above its baseline, that triggers."""
-    own_start = (0.1, 0.5)
-    """A first norm between these, in norms that the initialiser gives, was given by another initialiser."""
 
     def __init__(
         self,
@@ -137,7 +132,7 @@ class StableRankFloor(Detector):
         self.places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
         self.sizes: list[tuple[int, int]] = []
         self.vectors: list[Tensor] = []
-        self.fresh = self.usual = self.room = self.baseline = self.level = self.left = self._before = _NOTHING
+        self.healthy = Baselines((), self.decay)
         self.measured = self.on_left = False
         self.holds, self._followed = True, -1
         self.origins: dict[str, Origin] = {}
@@ -154,23 +149,12 @@ class StableRankFloor(Detector):
         self.names, self.measured, self.on_left = tuple(current), False, False
         self.step = self.fired = self.seen = self.elapsed = self.until = 0
         self._followed = -1
-        self.owners = [name for name, parts in current.items() for part in parts for _ in range(_count(part))]
+        parts = [(name, part) for name, several in current.items() for part in several]
+        self.owners = [name for name, part in parts for _ in range(count_of(part))]
         self.places = _places(current)
-        matrices = [part for parts in current.values() for part in parts]
-        self.sizes = [(part.shape[-2], part.shape[-1]) for part in matrices]
-        self.vectors = [self._start(part) for part in matrices]
-        fresh = [rank for part in matrices for rank in _fresh_ranks(part)]
-        self.fresh = torch.tensor(fresh, dtype=torch.float64, device="cpu")
-        parts = [(self.origins.get(name, Origin()), part) for name, parts in current.items() for part in parts]
-        usual = [
-            init_level(part.shape[-2], part.shape[-1], origin.std)
-            for origin, part in parts
-            for _ in range(_count(part))
-        ]
-        room = [origin.room for origin, part in parts for _ in range(_count(part))]
-        self.usual = torch.tensor(usual, dtype=torch.float64, device="cpu")
-        self.room = torch.tensor(room, dtype=torch.float64, device="cpu")
-        self.baseline, self.level, self.left = (torch.zeros_like(self.fresh) for _ in range(3))
+        self.sizes = [(part.shape[-2], part.shape[-1]) for _, part in parts]
+        self.vectors = [self._start(part) for _, part in parts]
+        self.healthy = Baselines([(self.origins.get(name, Origin()), part) for name, part in parts], self.decay)
 
     def look(self, weights: WeightSource) -> list[Tensor]:
         r"""Measure all stable ranks and norms when it is time, one tensor for the whole model.
@@ -202,19 +186,20 @@ class StableRankFloor(Detector):
         if not measured:
             return _UNMEASURED if self.holds else _SILENT
         ranks, norms = torch.tensor(measured, dtype=torch.float64, device="cpu").view(2, -1).unbind()
-        seen_now = self._compare(ranks, norms)
-        fires = seen_now.fires(self)
+        seen_now = self.healthy.compare(ranks, norms, self.elapsed)
+        fires = self._fires(seen_now)
         struck = self._owning(fires)
         held = self._owning(seen_now.high) if self.holds and self.alert and (struck or self._on_alert) else ()
         pace = self._paces(seen_now) if self.holds else None
-        self._follow(ranks, norms, fires, self.elapsed)
+        self.healthy.follow(ranks, norms, fires, self.elapsed, self._on_alert)
+        self._followed = self.step
         if struck:
             self.fired = self.step
             self.alarm()
             return Verdict(True, struck, reason=self._reason(fires, seen_now), held=held, pace=pace)
         if not held:
             return Verdict(pace=pace)
-        self._lower()
+        self.healthy.lower()
         reason = f"on alert until step {self.until}: {len(held)} weight(s) above the baseline of their norm"
         return Verdict(reason=reason, held=held, pace=pace)
 
@@ -229,11 +214,10 @@ class StableRankFloor(Detector):
     def alarm(self) -> None:
         r"""Begin an alert, or prolong it; at an edge that holds nothing there is none."""
         if self._followed == self.step:
-            # What was measured together with a spike is not what is healthy.
-            self.level = torch.where(self._before > 0, self._before, self.level)
+            self.healthy.unlearn()
         self.until = self.step + self.alert * self.holds
         if self.holds:
-            self._lower()
+            self.healthy.lower()
 
     def levels(self, name: str) -> tuple[Tensor, ...]:
         r"""Tell the baselines of a weight's spectral norms.
@@ -247,28 +231,35 @@ class StableRankFloor(Detector):
         places = self.places.get(name, ()) if self.measured else ()
         return tuple(self.level[start : start + math.prod(shape)].reshape(shape) for start, shape in places)
 
+    @property
+    def baseline(self) -> Tensor:
+        r"""Baselines of the stable ranks, one for each matrix in the order of ``names``."""
+        return self.healthy.baseline
+
+    @property
+    def level(self) -> Tensor:
+        r"""Baselines of the spectral norms, likewise."""
+        return self.healthy.level
+
     def _owning(self, chosen: Tensor) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name, one in zip(self.owners, chosen.tolist(), strict=True) if one))
 
-    def _compare(self, ranks: Tensor, norms: Tensor) -> "_Compared":
-        fall, rise = _quotients(ranks, self.baseline), _quotients(norms, self.level)
-        pace = _quotients(norms, self.left) ** (1 / max(1, self.elapsed)) - 1
-        self.left = norms
-        return _Compared(fall, rise, pace, rise > self.slack)
+    def _fires(self, seen: Compared) -> Tensor:
+        low = seen.fall < self.fraction
+        if not self.holds:
+            return low
+        # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
+        leaps = (seen.pace > self.leap) & math.isfinite(self.growth)
+        return (seen.high & (low | leaps)) | (seen.rise > self.growth)
 
-    def _paces(self, seen: "_Compared") -> dict[str, float]:
+    def _paces(self, seen: Compared) -> dict[str, float]:
         paces: dict[str, float] = {}
         for name, pace, high in zip(self.owners, seen.pace.tolist(), seen.high.tolist(), strict=True):
             if high:
                 paces[name] = max(pace, paces.get(name, pace))
         return paces
 
-    def _lower(self) -> None:
-        # What is above its baseline is being smoothed down to it, and grows from there.
-        smoothed = (self.level > 0) & (self.left > self.slack * self.level)
-        self.left = torch.where(smoothed, self.level, self.left)
-
-    def _reason(self, fires: Tensor, seen: "_Compared") -> str:
+    def _reason(self, fires: Tensor, seen: Compared) -> str:
         count = len(self._owning(fires))
         falls, rises, paces = (
             torch.where(fires, value, usual).tolist()
@@ -304,23 +295,6 @@ class StableRankFloor(Detector):
         apart = max(1, min(self.period, (self.step - self.fired) // self.denser))
         return self._on_alert or self.step - self.seen >= apart
 
-    def _follow(self, ranks: Tensor, norms: Tensor, fires: Tensor, elapsed: int) -> None:
-        # A collapsed weight does not teach: its baseline stays, however often it is smoothed and collapses again.
-        kept = self.decay**elapsed
-        stays = fires | ~torch.isfinite(ranks)
-        followed = torch.where(stays, self.baseline, kept * self.baseline + (1 - kept) * ranks)
-        # A weight of zeros has no stable rank; it is watched from the first one that it has.
-        known = torch.isfinite(self.baseline) & (self.baseline > 0)
-        self.baseline = torch.minimum(torch.where(known, followed, ranks), self.fresh)
-        self._before, self._followed = self.level, self.step
-        if not self._on_alert:
-            self._learn(norms, ranks, kept)
-
-    def _learn(self, norms: Tensor, ranks: Tensor, kept: float) -> None:
-        healthy = _capped(norms, ranks, self.fresh)
-        followed = torch.maximum(kept * self.level + (1 - kept) * healthy, self.usual)
-        self.level = torch.where(torch.isfinite(healthy) & (healthy > 0), followed, self.level)
-
     def _start(self, matrix: Matrix) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         vector = torch.randn((*matrix.shape[:-2], matrix.shape[-1], 1), generator=generator, device="cpu")
@@ -330,11 +304,8 @@ class StableRankFloor(Detector):
         for _ in range(2 * self.settle_iterations):
             seen = self._iterate(current)
         ranks, norms = seen.cpu().view(2, -1).unbind()
-        self.baseline, self.measured = torch.minimum(ranks, self.fresh), True
-        least, most = (share * self.usual for share in self.own_start)
-        self.usual = self.room * torch.where((norms > least) & (norms < most), norms, self.usual)
-        self.level = self.usual
-        self._learn(norms, ranks, 0.0)
+        self.healthy.settle(ranks, norms)
+        self.measured = True
 
     def _iterate(self, current: Mapping[str, tuple[Matrix, ...]]) -> Tensor:
         # Vectors of length n are multiplied by W, those of length m by its transpose: half an iteration each.
@@ -355,7 +326,7 @@ class StableRankFloor(Detector):
         steps = {name: getattr(self, name) for name in _STEPS}
         flags = {"measured": int(self.measured), "on_left": int(self.on_left)}
         vectors = {str(i): vector for i, vector in enumerate(self._padded_vectors())}
-        return {**steps, **flags, **self._norms(), "vectors": vectors}
+        return {**steps, **flags, **self.healthy.state(), "vectors": vectors}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         r"""Take the baselines and the warm vectors back.
@@ -366,7 +337,7 @@ class StableRankFloor(Detector):
         Raises:
             ArgumentError: If it belongs to another set of weights.
         """
-        if not set(_NORMS) <= set(state):
+        if not set(NUMBERS) <= set(state):
             raise ArgumentError("the saved detector has no baselines of norms, it is of an older version; begin anew")
         saved = [state["vectors"][str(i)] for i in range(len(state["vectors"]))]
         if [vector.shape for vector in saved] != [vector.shape for vector in self._padded_vectors()]:
@@ -377,14 +348,10 @@ class StableRankFloor(Detector):
         self.measured, self.on_left = bool(state["measured"]), bool(state["on_left"])
         rows = [m if self.on_left else n for m, n in self.sizes]
         self.vectors = [old[..., :row, :].clone() for old, row in zip(saved, rows, strict=True)]
-        for name in _NORMS:
-            setattr(self, name, state[name].detach().to("cpu", copy=True))
+        self.healthy.load(state)
         self._followed = -1
         for name in _STEPS:
             setattr(self, name, int(state[name]))
-
-    def _norms(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name).clone() for name in _NORMS}
 
     def _padded_vectors(self) -> list[Tensor]:
         # Copies that are as long as the longer side, whichever side they belong to at the moment.
@@ -402,23 +369,6 @@ class StableRankFloor(Detector):
         return f"{first}, alert={self.alert}, growth={self.growth:g}"
 
 
-class _Compared(NamedTuple):
-    """What a measurement says beside the baselines, one number for each matrix."""
-
-    fall: Tensor
-    rise: Tensor
-    pace: Tensor
-    high: Tensor
-
-    def fires(self, detector: StableRankFloor) -> Tensor:
-        low = self.fall < detector.fraction
-        if not detector.holds:
-            return low
-        # A stable rank may fall because the rest of the spectrum shrinks; then there is nothing to bring down.
-        leaps = (self.pace > detector.leap) & math.isfinite(detector.growth)
-        return (self.high & (low | leaps)) | (self.rise > detector.growth)
-
-
 _SILENT, _UNMEASURED = Verdict(), Verdict(pace={})
 
 
@@ -429,24 +379,5 @@ def _places(weights: Mapping[str, tuple[Matrix, ...]]) -> dict[str, list[tuple[i
     for name, parts in weights.items():
         for part in parts:
             places.setdefault(name, []).append((start, tuple(part.shape[:-2])))
-            start += _count(part)
+            start += count_of(part)
     return places
-
-
-def _quotients(now: Tensor, then: Tensor) -> Tensor:
-    """How many times what it was; 1 where there is nothing to compare with."""
-    return torch.where((then > 0) & torch.isfinite(now), now / then, 1.0)
-
-
-def _capped(norms: Tensor, ranks: Tensor, fresh: Tensor) -> Tensor:
-    """Spectral norms; of a matrix that looks flatter than independent entries are, the norm of such a one."""
-    return norms * (ranks / fresh).clamp_min(1).sqrt()
-
-
-def _count(matrix: Matrix) -> int:
-    return math.prod(matrix.shape[:-2])
-
-
-def _fresh_ranks(matrix: Matrix) -> list[float]:
-    m, n = matrix.shape[-2:]
-    return [m * n / (math.sqrt(m) + math.sqrt(n)) ** 2] * _count(matrix)

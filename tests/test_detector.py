@@ -551,7 +551,7 @@ def test_a_weight_of_a_smaller_initialiser_is_held_at_that_norm():
     twin = StableRankFloor(period=1)
     twin.bind(lambda: weights)
     twin.load_state_dict(detector.state_dict())
-    assert torch.equal(twin.usual, detector.usual)
+    assert torch.equal(twin.healthy.usual, detector.healthy.usual)
 
 
 def test_a_stable_rank_that_falls_while_the_norm_does_not_rise_is_followed_in_silence():
