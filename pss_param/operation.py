@@ -16,8 +16,7 @@ from pss_param.options import Progress, ProgressHook, RepairOptions, Stage
 from pss_param.plan import Plan, TensorSource
 from pss_param.reference import HealthySource
 from pss_param.report import OptimizerReport, Restored, TensorDrift, TensorReport
-from pss_param.room import DEEP
-from pss_param.surgery import KERNEL_LEVEL, Surgeon, digest, relative_change
+from pss_param.surgery import Surgeon, digest, relative_change
 
 Put = Callable[[str, Tensor], None]
 
@@ -143,16 +142,10 @@ def operate(job: Job, put: Put) -> Outcome:
         return _Pass(job, put, reference).run()
 
 
-def _levels(job: Job) -> dict[str, float]:
-    if not job.options.deep:
-        return {}
-    return {**dict.fromkeys(job.plan.roomy, DEEP), **dict.fromkeys(job.plan.kernels, KERNEL_LEVEL)}
-
-
 class _Pass:
     def __init__(self, job: Job, put: Put, reference: HealthySource) -> None:
         self.job, self.put, self.reference = job, put, reference
-        self.surgeon = Surgeon(job.options, _levels(job))
+        self.surgeon = Surgeon(job.options, job.plan.special)
         self.reports: list[TensorReport] = []
         self.skipped = dict(job.plan.skipped)
         self.restored: dict[str, Restored] = {}

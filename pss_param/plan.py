@@ -93,16 +93,15 @@ class Plan:
     Args:
         targets: by name, in the checkpoint's order; of tied names only the first.
         skipped: reasons by name, in the checkpoint's order.
-        kernels: those targets of a deep repair that may be depthwise kernels, of whose filters nothing but the norm is
-            common.
-        roomy: those that may outgrow fresh ones in health: :mod:`pss_param.room`.
+        special: targets that a deep repair treats otherwise than the rest, with what they are: a ``"kernel"`` that may
+            be depthwise, so that its filters have nothing but a norm in common; ``"roomy"``, so that it may outgrow a
+            fresh one in health (:mod:`pss_param.room`); a ``"table"`` of tokens; an ``"end"``, which is a head or stem.
         vectors: values of a fresh model by name, of the norms and biases that a deep repair puts back.
     """
 
     targets: Mapping[str, Target]
     skipped: Mapping[str, str]
-    kernels: frozenset[str] = frozenset()
-    roomy: frozenset[str] = frozenset()
+    special: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -129,10 +128,17 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
     infos = {n: TensorInfo(t.shape, t.dtype) for n, t in source.tensors.items() if t.dtype is not None}
     try:
         selection: Selection = select_tensors(infos, rules, source.config)
-        outside = _outside(infos, rules, source) if deep else {}
+        outside, tables = _outside(infos, rules, source) if deep else ({}, {})
     except ArgumentError as error:
         raise ArgumentError(f"{getattr(source, 'path', 'the state dict')}: {error}") from None
-    targets = {**outside, **{target.name: target for target in selection.targets}}
+    inside = {target.name: target for target in selection.targets}
+    targets = {**outside, **tables, **inside}
+    special = {
+        **dict.fromkeys((name for name in outside if name not in inside), "end"),
+        **dict.fromkeys(tables, "table"),
+        **dict.fromkeys(roomy(targets.values(), infos), "roomy"),
+        **dict.fromkeys((name for name in outside if _one_channel(infos[name].shape)), "kernel"),
+    }
     skipped = {skip.name: skip.reason for skip in (*selection.skipped, *_unreadable(source))}
     vectors = _vectors(source, rules, skipped) if deep else {}
     _settle_shared(source, targets, vectors, skipped)
@@ -140,8 +146,7 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
     return Plan(
         {name: targets[name] for name in order if name in targets},
         {name: skipped[name] for name in order if name in skipped and name not in targets and name not in vectors},
-        frozenset(name for name in outside if name in targets and _one_channel(infos[name].shape)),
-        roomy(targets.values(), infos),
+        {name: what for name, what in special.items() if name in targets},
         vectors,
     )
 
@@ -160,7 +165,10 @@ def _settle_shared(
             vectors.pop(name, None)
 
 
-def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource) -> dict[str, Target]:
+def _outside(
+    infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource
+) -> tuple[dict[str, Target], dict[str, Target]]:
+    """Matrices outside the blocks, and token embeddings beside a head of their own."""
     wider = replace(rules, preset="all")
     found = select_tensors(infos, wider, source.config)
     # Whether such a kernel is depthwise makes no difference to its norm, and only that is treated.
@@ -169,8 +177,11 @@ def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: Tensor
         include = (*rules.include, *map(glob.escape, kernels))
         found = select_tensors(infos, replace(wider, include=include), source.config)
     maps = {target.name: target for target in found.targets if _is_a_map(target, infos)}
-    tables = [target.name for target in found.targets if target.name not in maps]
-    return {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
+    tables = {target.name: target for target in found.targets if target.name not in maps}
+    untied = {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
+    # As many rows as a head has outputs: tokens, and not places, whose table is smooth and of low rank in health.
+    outputs = {infos[name].shape[0] for name, target in untied.items() if target.role == "head"}
+    return untied, {n: t for n, t in tables.items() if t.role == "embedding" and infos[n].shape[0] in outputs}
 
 
 def _one_channel(shape: tuple[int, ...]) -> bool:

@@ -84,7 +84,8 @@ def _growths(source: TensorSource, options: RepairOptions, healthy: HealthySourc
         weight = source.read(target.name).to(device).float()
         good = healthy.get(target.name, tuple(weight.shape)).to(device) if healthy.present else None
         if bool(torch.isfinite(weight).all()) and (good is None or bool(torch.isfinite(good).all())):
-            allowed = DEEP if target.role == "conv" and target.name in plan.roomy and good is None else 1.0
+            grows = target.role == "conv" and plan.special.get(target.name) == "roomy" and good is None
+            allowed = DEEP if grows else 1.0
             for growth in _growths_of(target, weight, good, options.init_std or target.init_std):
                 yield growth / allowed
 

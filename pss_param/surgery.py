@@ -18,16 +18,19 @@ from pss_param.finite import count_nonfinite
 from pss_param.lowrank import Correction
 from pss_param.options import RepairOptions, pick_device
 from pss_param.report import MatrixReport, TensorReport
+from pss_param.room import DEEP
 from pss_param.smoothing import Smoothing, correction
 from pss_param.spectrum import spectral_norm, stable_rank
 from pss_param.targets import Target
 
-KERNEL_LEVEL = 2.0
-"""Level for kernels of one input channel, over the spectral norm of a fresh one."""
+CLIPPED = {"kernel": 2.0, "roomy": DEEP}
+"""Levels to which a deep repair only clips, over the spectral norm of a fresh matrix: :class:`pss_param.plan.Plan`."""
 DEEP_SCALE = 1.2
 """Frobenius norm of a matrix after a deep repair, over that of a fresh one. Of dead post-norm GPTs and vision
 transformers what goes on ends lower for it than for 1, by 0.01 to 0.05 nats, also on seeds that had no say in it (six
 of six, three of three); of perceptrons as often lower as higher. From 1.7 on there is nothing left of that."""
+ENDS = 2.0
+"""As much more for heads and stems: perceptrons, an LSTM and a deep GPT end lower for it, the rest level."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,15 @@ class Surgeon:
 
     Args:
         options: what to do.
-        levels: how many fresh spectral norms single targets come down to, where they are only clipped.
+        special: targets that a deep repair treats otherwise than the rest: :class:`pss_param.plan.Plan`.
 
     Raises:
         ArgumentError: the device is not there.
     """
 
-    def __init__(self, options: RepairOptions, levels: Mapping[str, float] | None = None) -> None:
+    def __init__(self, options: RepairOptions, special: Mapping[str, str]) -> None:
         r"""See the class."""
-        self.options, self.levels = options, levels or {}
+        self.options, self.special = options, special if options.deep else {}
         self.device = pick_device(options.device)
 
     def smooth(
@@ -167,12 +170,15 @@ class Surgeon:
         return correction(part.values[index], rule, generator=generator)
 
     def _rule(self, target: Target, columns: int) -> Smoothing:
-        rule = self.options.rule()
+        rule, what = self.options.rule(), self.special.get(target.name)
         std = rule.init_std or target.init_std
-        if target.name in self.levels:
-            return Smoothing("clip", lambda W: self.levels[target.name] * init(W, std), tol=rule.tol)
+        if what == "table":
+            return Smoothing("equal", tol=rule.tol)
+        if what in CLIPPED:
+            return Smoothing("clip", lambda W: CLIPPED[what] * init(W, std), tol=rule.tol)
         if self.options.deep and (rule.shape, rule.edge) == ("equal", "init"):
-            return replace(rule, init_std=DEEP_SCALE * (std or fresh_std(columns)))
+            scale = DEEP_SCALE * (ENDS if what == "end" else 1)
+            return replace(rule, init_std=scale * (std or fresh_std(columns)))
         return replace(rule, init_std=std) if rule.edge in {"init", "mild"} else rule
 
 

@@ -21,6 +21,7 @@ def spoiled() -> dict[str, torch.Tensor]:
     blow = torch.outer(torch.randn(WIDTH), torch.randn(WIDTH))
     return {
         "token_embedding.weight": 9 * torch.randn(50, WIDTH),
+        "position_embedding.weight": 9 * torch.randn(30, WIDTH),
         "stem.weight": 40 * torch.randn(WIDTH, 10),
         "stem.bias": torch.randn(WIDTH),
         "characters.weight": 9 * torch.randn(50, WIDTH),
@@ -49,13 +50,16 @@ def test_a_deep_repair_undoes_shape_scale_norms_and_biases():
     for name in ("stem.weight", "head.weight"):
         values = torch.linalg.svdvals(after[name])
         assert values.max() == pytest.approx(float(values.min()), rel=1e-3)
-        assert float(values.square().sum()) == pytest.approx(1.2**2 * after[name].shape[0] / 3, rel=1e-3)
+        assert float(values.square().sum()) == pytest.approx(2.4**2 * after[name].shape[0] / 3, rel=1e-3)
+    values = torch.linalg.svdvals(after["token_embedding.weight"])  # as many rows as the head has outputs
+    assert values.max() == pytest.approx(float(values.min()), rel=1e-3)
+    assert float(values.norm()) == pytest.approx(float(before["token_embedding.weight"].norm()), rel=1e-4)
     patches = after["patches.weight"].flatten(1)
     assert float(pss.spectral_norm(patches)) == pytest.approx(2 * fresh_norm(*patches.shape), rel=1e-2)
     assert torch.equal(after["layers.0.input_layernorm.weight"], torch.ones(WIDTH))
     for name in ("layers.0.mlp.up_proj.bias", "layers.0.input_layernorm.bias", "stem.bias", "head.bias"):
         assert not after[name].any()
-    for name in ("token_embedding.weight", "characters.weight", "layers.0.bn1.running_mean", "step"):
+    for name in ("position_embedding.weight", "characters.weight", "layers.0.bn1.running_mean", "step"):
         assert after[name] is before[name]
     assert set(report.vectors) == {name for name in before if name.endswith(("bias", "layernorm.weight"))}
     named = [*(tensor.name for tensor in report.tensors), *report.vectors, *report.skipped]
