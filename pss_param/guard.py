@@ -447,8 +447,8 @@ class Guard:
         smoothings = {name: view.smoothing for name, view in self.views.items()}
         if not all(map(holds, smoothings.values())):
             return None
-        leaves = {name: slots[0].name for name, slots in self._slots.items()}
-        return {name: Origin(smoothing.init_std, live_room(leaves[name])) for name, smoothing in smoothings.items()}
+        rooms = {name: live_room(holders[0].name) for name, holders in self._slots.items()}
+        return {name: Origin(smoothing.init_std, rooms[name]) for name, smoothing in smoothings.items()}
 
     def _open(self, views: Sequence[SmoothingView]) -> tuple[str, ...]:
         prepare = self.policy.prepare

@@ -184,11 +184,12 @@ class Surgeon:
     def _rule(self, target: Target, columns: int) -> Smoothing:
         rule, what = self.options.rule(), self.special.get(target.name)
         std = rule.init_std or target.init_std
+        flattens = self.options.deep and (rule.shape, rule.edge) == ("equal", "init")
         if what == "table":
             return Smoothing("equal", tol=rule.tol)
-        if what in CLIPPED:
+        if what == "kernel" or (what == "roomy" and flattens):  # which may follow any other rule
             return Smoothing("clip", lambda W: CLIPPED[what] * init(W, std), tol=rule.tol)
-        if self.options.deep and (rule.shape, rule.edge) == ("equal", "init"):
+        if flattens:
             scale = DEEP_SCALE * (ENDS if what == "end" else 1)
             return replace(rule, init_std=scale * (std or fresh_std(columns)))
         return replace(rule, init_std=std) if rule.edge in {"init", "mild"} else rule

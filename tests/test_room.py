@@ -225,6 +225,15 @@ def test_a_deep_repair_clips_recurrent_matrices_at_their_room():
     assert float(values.max()) == pytest.approx(float(values.min()), rel=1e-3)
 
 
+def test_a_rule_of_the_users_own_holds_for_recurrent_matrices_too():
+    torch.manual_seed(0)
+    good = Reader().state_dict()
+    asked = pss.RepairOptions(strength="deep", edge="reference", reference=grown(good, 10.0))
+    after = pss.repair_state_dict(grown(good, 50.0), asked)[0]
+    for name in ("rnn.weight_ih_l0", "rnn.weight_hh_l0"):
+        assert norm(after[name]) == pytest.approx(10 * norm(good[name]), rel=1e-2)
+
+
 def convolutional(norms: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
     layers = [
@@ -252,7 +261,9 @@ def test_a_kernel_is_told_by_as_many_channels():
 
 @pytest.mark.parametrize(("norms", "strength"), [(True, "gentle"), (False, "deep")])
 def test_growth_of_kernels_before_a_batch_norm_is_no_sign_of_death(norms, strength):
-    assert pss.repair_state_dict(grown(convolutional(norms), 5.0))[1].options["strength"] == strength
+    report = pss.repair_state_dict(grown(convolutional(norms), 5.0))[1]
+    assert report.options["strength"] == strength
+    assert ("3 times that before a batch norm" in report.reason) == norms
     assert pss.repair_state_dict(grown(convolutional(norms), 9.0))[1].options["strength"] == "deep"
 
 
