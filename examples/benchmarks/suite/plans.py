@@ -5,9 +5,10 @@ import functools
 from collections.abc import Iterator
 
 from suite.methods import METHODS
-from suite.ranges import FURTHER, GRID, largest
+from suite.methods.guarded import DEFAULTS
+from suite.ranges import FURTHER, GRID, LOW, largest
 from suite.records import Records
-from suite.remedies import REMEDIES
+from suite.remedies import CHANGED, DEADLY, USUAL_REMEDIES
 from suite.rescues import USUAL
 from suite.spec import Spec
 from suite.task import tasks
@@ -50,6 +51,7 @@ CORE = (
     "repair-guard",
     "repair-gentle",
     "restart",
+    "restart-guard",
     "never",
     "back-100",
     "reset-rewarmup",
@@ -60,6 +62,12 @@ CORE = (
 
 ABLATION_TASKS = ("gpt-postln-adamw", "gpt-preln-adamw", "mlp-adamw")
 ABLATION_GRID = (1.0, 8.0, 16.0)
+DEFAULT_TASKS = (*ABLATION_TASKS, "cnn-sgd", "lstm-adamw")
+DEFAULT_GRID = (1.0, 32.0)
+"""Where the default is measured with one thing changed: it learns at higher rates than the published method."""
+
+CHEAP = ("cnn-sgd", "mlp-adamw", "mlp-sgd", "lstm-adamw")
+"""Networks that train in a second or two: five seeds."""
 DYING = (10, 20, 40, 80, 160, 320)
 RECOVERY = ("continue", "repair", "restart", "never", "back-100")
 
@@ -166,6 +174,20 @@ def quick() -> list[Spec]:
     return [*rescues(some, RECOVERY, range(2)), *ranges(some, QUICK, range(1), GRID), *healthy(some, range(1))]
 
 
+def late(names: tuple[str, ...], remedies: tuple[str, ...], seeds: range) -> Iterator[Spec]:
+    """What is tried on late deaths alone.
+
+    Args:
+        names: tasks.
+        remedies: what is tried.
+        seeds: seeds.
+
+    Yields:
+        Spec: one run; of each checkpoint first the one that shows whether it is dead.
+    """
+    yield from (spec for spec in rescues(names, ("continue", *remedies), seeds) if spec.death == "late")
+
+
 def full() -> list[Spec]:
     """Everything.
 
@@ -173,18 +195,22 @@ def full() -> list[Spec]:
         The runs: the headline questions on three seeds, then everything else seed by seed.
     """
     names = tuple(tasks())
-    ablations = tuple(name for name in METHODS if name not in RIVALS)
+    ablations = tuple(name for name in METHODS if name not in (*RIVALS, *DEFAULTS))
     runs = [*rescues(names, CORE, range(1), USUAL), *ranges(names, HEADLINE, range(1), GRID)]
     runs += [*healthy(names, range(1)), *rescues(names, CORE, range(1, 3), USUAL)]
     runs += [*rescues(ABLATION_TASKS, RECOVERY, range(1), DYING), *ranges(names, HEADLINE, range(1, 3), GRID)]
     for seed in range(3):
         only = range(seed, seed + 1)
+        runs += ranges(names, ("nothing", "pss-default"), only, LOW)
         runs += ranges(names, RIVALS, only, GRID)
         runs += ranges(ABLATION_TASKS, ablations, only, ABLATION_GRID)
-        runs += rescues(names, tuple(REMEDIES), only)
+        runs += ranges(DEFAULT_TASKS, tuple(DEFAULTS), only, DEFAULT_GRID)
+        runs += late(names, (*DEADLY, *CHANGED), only)
+        runs += rescues(names, USUAL_REMEDIES, only)
         runs += rescues(ABLATION_TASKS, RECOVERY, only, DYING)
         runs += healthy(names, only)
-    return list(dict.fromkeys(runs))
+    runs += [*rescues(CHEAP, CORE, range(3, 5), USUAL), *ranges(CHEAP, HEADLINE, range(3, 5), (*LOW, *GRID))]
+    return list(dict.fromkeys([*runs, *healthy(CHEAP, range(3, 5))]))
 
 
 PROFILES = {"quick": quick, "full": full}

@@ -13,6 +13,9 @@ from suite.records import Records, Spread, learns, loss
 GRID = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Learning rates, as multiples of the task's own."""
 
+LOW = (0.25,)
+"""Asked of the unguarded run and the default too, so that the best rate lies inside of what was tried."""
+
 FURTHER = (64.0, 128.0, 256.0, 512.0)
 """Where a method still learns at the end of the grid, it is asked for more, until it does not."""
 

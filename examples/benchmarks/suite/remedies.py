@@ -5,10 +5,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
 import pss_param as pss
+import pss_param.plan
 from suite.deaths import Dead, Saved, phases
 from suite.methods import METHODS
 from suite.methods.base import Method
@@ -38,6 +40,32 @@ def repair(**options: Any) -> Surgery:
         return repaired, given.optimizer == "auto" and report.options["strength"] == "deep"
 
     return operate
+
+
+def with_constant(name: str, value: Any) -> Surgery:
+    """A deep repair with another constant of :mod:`pss_param`: what the docstrings' reasons for them rest on.
+
+    Args:
+        name: dotted name.
+        value: what stands there meanwhile.
+
+    Returns:
+        See :func:`repair`.
+    """
+    operate = repair(strength="deep")
+
+    def changed(state: StateDict) -> tuple[StateDict, bool]:
+        with mock.patch(name, value):
+            return operate(state)
+
+    return changed
+
+
+_outside = pss_param.plan._outside
+
+
+def _no_tables(*args: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    return _outside(*args)[0], {}
 
 
 def rescale(state: StateDict) -> tuple[StateDict, bool]:
@@ -70,6 +98,7 @@ class Remedy:
         reset: whether the optimizer starts anew, whatever the surgery says.
         method: what is done while training on.
         rate: factor on the learning rate.
+        deadly: whether a late death goes on at the rate that killed it, as an early one always does.
     """
 
     start: str = "last"
@@ -77,6 +106,7 @@ class Remedy:
     reset: bool = False
     method: str = "nothing"
     rate: float = 1.0
+    deadly: bool = False
 
 
 REMEDIES: dict[str, Remedy] = {
@@ -87,6 +117,7 @@ REMEDIES: dict[str, Remedy] = {
     "back-100": Remedy("back-100"),
     "back-200": Remedy("back-200"),
     "restart": Remedy("scratch", reset=True),
+    "restart-guard": Remedy("scratch", reset=True, method="pss-default"),
     "restart-warmup": Remedy("scratch", reset=True, method="warmup"),
     "never": Remedy("never"),
     "msign": Remedy(surgery=repair(strength="gentle", smoothing="equal")),
@@ -104,6 +135,28 @@ REMEDIES: dict[str, Remedy] = {
     "repair-dominant": Remedy(surgery=repair(strength="gentle", edge="dominant")),
     "repair-init": Remedy(surgery=repair(strength="gentle", edge="init")),
 }
+DEADLY: dict[str, Remedy] = {
+    "repair-deadly": Remedy(surgery=repair(), deadly=True),
+    "repair-guard-deadly": Remedy(surgery=repair(), method="pss-default", deadly=True),
+    "restart-deadly": Remedy("scratch", reset=True, deadly=True),
+    "restart-guard-deadly": Remedy("scratch", reset=True, method="pss-default", deadly=True),
+}
+"""Of late deaths, at the rate that killed."""
+
+CHANGED: dict[str, Remedy] = {
+    **{f"deep-scale-{x:g}": Remedy(surgery=with_constant("pss_param.surgery.DEEP_SCALE", x)) for x in (1.0, 1.7)},
+    **{f"deep-ends-{x:g}": Remedy(surgery=with_constant("pss_param.surgery.ENDS", x)) for x in (1.0, 1.5)},
+    "deep-tables-left": Remedy(surgery=with_constant("pss_param.plan._outside", _no_tables)),
+    "deep-no-room": Remedy(surgery=with_constant("pss_param.plan.roomy", lambda targets, infos: frozenset())),
+    "deep-clip-init": Remedy(surgery=repair(strength="deep", smoothing="clip", edge="init")),
+    "deep-clip-bulk": Remedy(surgery=repair(strength="deep", smoothing="clip", edge="bulk")),
+}
+"""A deep repair with one thing changed."""
+
+USUAL_REMEDIES = tuple(REMEDIES)
+"""Names of what is tried on every dead checkpoint."""
+
+REMEDIES |= {**DEADLY, **CHANGED}
 
 
 def resume(spec: Spec, past: Dead) -> dict[str, object]:
@@ -121,7 +174,7 @@ def resume(spec: Spec, past: Dead) -> dict[str, object]:
         remedy = replace(remedy, start="healthy")
     before, after, multiple = phases(task, spec.death, spec.dying)
     method, steps = METHODS[remedy.method](), task.steps
-    rate = remedy.rate * (multiple if spec.death == "early" else 1.0)
+    rate = remedy.rate * (multiple if spec.death == "early" or remedy.deadly else 1.0)
     if remedy.start == "never":
         steps, rate = steps + before + after, 1.0
     run = _begin(task, spec, past, remedy, method)

@@ -48,11 +48,13 @@ class Trace:
     Args:
         losses: training loss of every step, in nats.
         interventions: steps at which the method did something.
+        held: how many of these were no triggers: :attr:`suite.methods.base.Method.held`.
         seconds: processor time of the loop.
     """
 
     losses: list[float] = field(default_factory=list)
     interventions: list[int] = field(default_factory=list)
+    held: int = 0
     seconds: float = 0.0
 
     @property
@@ -135,7 +137,7 @@ def go_on(task: Task, run: Run, method: Method, steps: int, multiple: float = 1.
             trace.interventions.append(step)
         if not math.isfinite(trace.losses[-1]):
             break
-    trace.seconds = time.process_time() - start
+    trace.seconds, trace.held = time.process_time() - start, method.held
     return trace
 
 
@@ -191,6 +193,7 @@ def outcome(task: Task, run: Run, trace: Trace) -> dict[str, object]:
         "death": trace.death(task.trivial),
         "steps": len(trace.losses),
         "events": len(trace.interventions),
+        "held": trace.held,
         "first_event": trace.interventions[0] if trace.interventions else None,
         "seconds": round(trace.seconds, 3),
         "curve": [_plain(sum(ten) / len(ten)) for ten in tens],

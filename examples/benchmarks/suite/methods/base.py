@@ -21,11 +21,13 @@ class Method:
     """Nothing is done: the base of the methods, and the baseline.
 
     Attributes:
-        events: how often the method intervened so far: triggers, skips, clips.
+        events: how often the method intervened so far: triggers, skips, clips, holds.
+        held: how often that was a guard that held weights at their levels after a trigger, which is no new trigger.
         model: the network, once the run has begun.
     """
 
     events: int = 0
+    held: int = 0
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the method has anything to act on; where it has not, a run would measure nothing.

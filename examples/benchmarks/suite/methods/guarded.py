@@ -3,7 +3,8 @@ r"""Parametric singularity smoothing, and its ablations: all of them `pss_param.
 
 .. math:: W^* = W - U_k \, \mathrm{diag}(S_k - f(S_k)) \, V_k^H
 
-for every target, when the detector fires. `events` counts the triggers. Source: arXiv 2602.01308 and this package.
+for every target, when the detector fires. `events` counts triggers and the steps in which weights are held after one,
+`held` these alone. Source: arXiv 2602.01308 and this package.
 """
 
 from collections.abc import Callable
@@ -51,10 +52,10 @@ class Guarded(Method):
 
         Args:
             model: the network.
-            optimizer: not used.
+            optimizer: of which a policy may clear the moments.
             total_steps: not used.
         """
-        self.guard = pss.attach(model, **self.options)
+        self.guard, self.optimizer = pss.attach(model, **self.options), optimizer
 
     def before_step(self, step: int, loss: float) -> bool:
         """Fold, judge, open.
@@ -69,8 +70,9 @@ class Guarded(Method):
         Returns:
             False where the guard dropped the gradient (it was not finite).
         """
-        event = self.guard.step()
+        event = self.guard.step(optimizer=self.optimizer)
         self.events += event.triggered
+        self.held += event.held
         return not event.skip
 
 
@@ -86,6 +88,29 @@ def _undamped() -> Guarded:
     # Alerts are as long as is best without damping: longer ones lose more than they win.
     both = pss.AnyOf(pss.GradientNormRatio(), pss.StableRankFloor(alert=20))
     return Guarded(detector=both, policy=_UNDAMPED)
+
+
+def _default(floor: dict[str, float] | None = None, leap: float | None = None, **policy: object) -> Guarded:
+    """The default with other numbers in its watch over the weights, or in its policy."""
+    watch = pss.StableRankFloor(**(floor or {}))
+    watch.leap = watch.leap if leap is None else leap
+    return Guarded(detector=pss.AnyOf(pss.GradientNormRatio(), watch), policy=pss.GuardPolicy(**policy))
+
+
+def _floor(name: str, *values: float) -> dict[str, Callable[[], Guarded]]:
+    return {f"default-{name}-{value:g}": lambda value=value: _default({name: value}) for value in values}
+
+
+def _policy(name: str, *values: float) -> dict[str, Callable[[], Guarded]]:
+    return {f"default-{name}-{value:g}": lambda value=value: _default(**{name: value}) for value in values}
+
+
+def _ratio_beside(threshold: float) -> Callable[[], Guarded]:
+    return lambda: Guarded(detector=pss.AnyOf(pss.GradientNormRatio(threshold=threshold), pss.StableRankFloor()))
+
+
+def _unsmoothed(S: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
+    return S
 
 
 def _ratio(**options: float) -> Callable[[], Guarded]:
@@ -141,4 +166,31 @@ FORMS: dict[str, Callable[[], Guarded]] = {
     "pss-attention": _changed(targets="attention"),
     "pss-mlp": _changed(targets="mlp"),
 }
-"""Every form of smoothing in the suite, by name."""
+DEFAULTS: dict[str, Callable[[], Guarded]] = {
+    # The default with one thing changed: which weights, which shape, which half of the detector.
+    **{f"default-{name}": lambda name=name: Guarded(targets=name) for name in ("qk", "attention", "mlp", "all")},
+    **{f"default-{name}": lambda name=name: Guarded(smoothing=name) for name in ("log", "softplus")},
+    "default-floor-alone": lambda: Guarded(detector=pss.StableRankFloor()),
+    "default-threshold-1.5": _ratio_beside(1.5),
+    "default-threshold-5": _ratio_beside(5.0),
+    # Numbers of the watch over the weights, and of the policy.
+    **_floor("fraction", 0.5, 0.8),
+    **_floor("period", 5, 100),
+    **_floor("decay", 0.9, 0.999),
+    **_floor("alert", 0, 20, 100),
+    **_floor("growth", 1.5, 4),
+    "default-leap-0.02": lambda: _default(leap=0.02),
+    "default-leap-0.15": lambda: _default(leap=0.15),
+    **_policy("damping", 1, 2),
+    **_policy("pace", 0.001, 0.01),
+    **_policy("cooldown", 20),
+    "default-smooth-and-clip": lambda: _default(on_trigger="smooth_and_clip"),
+    "default-smooth-and-skip": lambda: _default(on_trigger="smooth_and_skip"),
+    "default-reset-moments": lambda: _default(reset_moments=True),
+    # What damping does by itself, that is cutting the learning rate of what would have been smoothed.
+    "default-damping-alone": lambda: Guarded(smoothing=_unsmoothed),
+}
+"""The default in training with one argument changed."""
+
+FORMS |= DEFAULTS
+"""The published method with one part changed, and then all forms of smoothing in the suite, by name."""

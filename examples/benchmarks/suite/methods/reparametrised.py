@@ -37,7 +37,7 @@ class SigmaReparam(Method):
     :math:`\sigma(W) = u^\top W v` with vectors from an SVD at the start and one power iteration a step; the gradient
     passes through :math:`\sigma`. :math:`\gamma` starts as :math:`\sigma(W_0)`, as in the authors' PyTorch layers, so
     that the network starts as the plain one; their JAX layers start it as 1. The head is included, embeddings are not;
-    a weight that is tied to an embedding stays as it is.
+    a weight that is tied to an embedding stays as it is. The matrices of an LSTM count as linear layers.
 
     References:
         Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse", arXiv 2303.06296;
@@ -51,9 +51,12 @@ class SigmaReparam(Method):
             model: the fresh network.
         """
         embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        for module in list(model.modules()):
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) not in embedded:
-                parametrize.register_parametrization(module, "weight", ScaledBySigma(module.weight))
+        layers = [(m, "weight") for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        cells = [(m, name) for m in model.modules() if isinstance(m, nn.RNNBase) for name, _ in m.named_parameters()]
+        for module, name in layers + [(module, name) for module, name in cells if name.startswith("weight")]:
+            weight = getattr(module, name)
+            if id(weight) not in embedded:
+                parametrize.register_parametrization(module, name, ScaledBySigma(weight))
 
 
 class ScaledBySigma(nn.Module):
