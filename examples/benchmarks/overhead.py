@@ -28,6 +28,7 @@ ratio of whole steps. Figures of a line (shares and ratios are of one plain step
 `run` is a training run of 2,500 steps of the smallest size with pss.attach as it comes at a sane rate. Nothing in it is
 extrapolated: the time inside guard.step, in reading open gates and in damping, over the rest of the run; goal 0.002.
 `alarmed` is its beginning again with a false alarm every 400 steps, the published rate of triggers: none is needed.
+`memory` has the most bytes that one step allocates: plain, quiet, and triggered with all weights open and damped.
 
     python examples/benchmarks/overhead.py [--sizes small,medium,large] [--modes eager,compiled] [--run-steps 2500]
     python examples/benchmarks/overhead.py --report     # only writes the README's table from results/overhead.json
@@ -35,6 +36,7 @@ extrapolated: the time inside guard.step, in reading open gates and in damping, 
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import platform
@@ -357,6 +359,32 @@ def measure(
     }
 
 
+def peak_bytes(bench: Bench, call: Callable[[], object]) -> int:
+    """The most bytes that a call holds beyond what was there when it began."""
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    for _ in range(2):  # what was allocated before the first is unknown to it when it is freed
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            call()
+    events = (event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [bytes for _, bytes in sorted((event.start_ns(), event.nbytes()) for event in events)]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def memory(name: str, device: str) -> dict[str, object]:
+    """Memory of one size: of steps whose buffers, moments and gradients are there already."""
+    bench = Bench(SIZES[name], device, compiled=False, rate=1e-5)  # at which nothing fires by itself
+    steps = {"plain": (False, False), "quiet": (True, False), "triggered": (True, True)}
+    for guarded, trigger in steps.values():
+        bench.timed(guarded, trigger)
+    peaks = {kind: peak_bytes(bench, lambda how=how: bench.timed(*how)) for kind, how in steps.items()}
+    weights = dict(bench.model.named_parameters())
+    return {"size": name, "guarded_weights": sum(weights[view].nbytes for view in bench.guard.views), **peaks}
+
+
 def head_of(options: argparse.Namespace, device: str) -> dict[str, object]:
     """What the figures depend on besides the code."""
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
@@ -376,9 +404,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the file for the results (results/overhead.json)")
     parser.add_argument("--add", action="store_true", help="keep the run and the other lines that the file has")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure memory anew, and keep all times that the file has"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing, write the README's table")
     options = parser.parse_args()
-    if not options.report:
+    if options.memory:
+        old = json.loads(options.output.read_text(encoding="utf-8"))
+        old["memory"] = [memory(name, device) for name in options.sizes.split(",")]
+        options.output.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
+    elif not options.report:
         torch.set_num_threads(options.threads)
         _measure_all(options, device)
     if options.output == RESULTS:
@@ -394,10 +429,11 @@ def _measure_all(options: argparse.Namespace, device: str) -> None:
     else:
         first, steps, lines = options.sizes.split(",")[0], options.run_steps, {}
         runs = {"run": observe(first, device, steps), "alarmed": observe(first, device, steps // 2, alarming())}
+    runs["memory"] = [memory(name, device) for name in options.sizes.split(",")]
     print(json.dumps(results | runs), flush=True)
     for name in options.sizes.split(","):
         for mode in options.modes.split(","):
-            lines[name, mode] = measure(name, device, mode, options.rounds, **runs)
+            lines[name, mode] = measure(name, device, mode, options.rounds, runs["run"], runs["alarmed"])
             print(json.dumps(lines[name, mode]), flush=True)
             options.output.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(results | runs | {"lines": list(lines.values())}, indent=1)

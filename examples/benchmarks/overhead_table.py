@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's table of what a guard costs, made from results/overhead.json and from nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def section(results: Mapping[str, Any]) -> str:
     """
     rows = [_HEAD, ["---"] * len(_HEAD), *(_row(line) for line in results["lines"])]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\n{_observed(results['run'])} {_alarmed(results['alarmed'])}\n"
+    return f"{table}\n\n{_observed(results['run'])} {_alarmed(results['alarmed'])} {_memory(results['memory'])}\n"
 
 
 def _row(line: Mapping[str, Any]) -> list[str]:
@@ -57,6 +57,15 @@ def _alarmed(run: Mapping[str, Any]) -> str:
         f"With {run['triggers']} triggers in {run['steps']} of its steps, all forced at the published rate, and "
         f"{100 * run['held_share']:.0f} % of the weights held in the steps of their alerts, it took "
         f"{_percent(run['guard_share'])}."
+    )
+
+
+def _memory(sizes: Sequence[Mapping[str, Any]]) -> str:
+    shares = [[(one[kind] - one["plain"]) / one["guarded_weights"] for one in sizes] for kind in ("quiet", "triggered")]
+    quiet, triggered = (" to ".join(sorted({f"{share:.2f}" for share in kind})) for kind in shares)
+    return (
+        "Memory at the peak of a step beyond that of a plain one, over the bytes of the guarded weights: "
+        f"{quiet} where nothing fires, {triggered} where all weights are open and damped."
     )
 
 

@@ -50,6 +50,13 @@ def tiny(monkeypatch):
     monkeypatch.setitem(overhead.SIZES, "tiny", overhead.Size(16, 1, 2, 8, 2, 32))
 
 
+def test_memory_is_that_of_open_views_and_damping():
+    found = overhead.memory("tiny", "cpu")
+    assert set(found) == set(STORED["memory"][0])
+    assert found["plain"] <= found["quiet"] < found["triggered"]
+    assert found["triggered"] - found["plain"] < 3 * found["guarded_weights"]
+
+
 @pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_line_has_all_figures(mode):
     run = overhead.observe("tiny", "cpu", steps=12)

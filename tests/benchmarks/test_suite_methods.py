@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import pss_param as pss
 
@@ -29,6 +30,7 @@ from suite.methods.rates import HalveRate  # noqa: E402
 from suite.methods.reparametrised import SigmaReparam, SpectralNormalisation  # noqa: E402
 from suite.methods.skipping import SkipOutliers  # noqa: E402
 from suite.methods.triggers import AtRandom  # noqa: E402
+from suite.task import tasks  # noqa: E402
 
 WIDTH, HEADS, SYMBOLS, STEPS = 8, 2, 5, 5
 
@@ -138,7 +140,7 @@ def test_every_method_trains_a_transformer(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_whether_it_fits(name):
     perceptron = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
-    needs_attention = name.startswith("qk-") or name in {"pss-qk", "pss-attention", "pss-mlp"}
+    needs_attention = name.startswith("qk-") or name.endswith(("-qk", "-attention", "-mlp"))
     assert METHODS[name]().fits(perceptron) != needs_attention
 
 
@@ -303,6 +305,19 @@ def test_sigma_reparam_starts_as_the_plain_network_and_learns_one_scale_a_layer(
     SigmaReparam().prepare(model)
     torch.testing.assert_close(model(text), plain, rtol=1e-4, atol=1e-5)
     assert sum(name.endswith("gamma") for name, _ in model.named_parameters()) == 13  # 12 in blocks, and the head
+
+
+@pytest.mark.parametrize("name", sorted(tasks()))
+@pytest.mark.parametrize("method", [SpectralNormalisation, SigmaReparam])
+def test_reparametrisations_reach_every_block_matrix_of_every_network(method, name):
+    model = tasks()[name].build()
+    blocks = block_matrices(model)
+    assert blocks
+    method().prepare(model)
+    assert all(parametrize.is_parametrized(block.module, block.leaf) for block in blocks)
+    batch = next(tasks()[name].batches(0))
+    model.loss(batch).backward()
+    assert all(block.module.parametrizations[block.leaf].original.grad.any() for block in blocks)
 
 
 def test_sigma_reparam_by_hand():

@@ -7,7 +7,7 @@ from suite import rescues
 from suite.plans import HEADLINE
 from suite.ranges import score, sensitivity
 from suite.records import Records, Spread
-from suite.report import table
+from suite.tables import table
 
 BEGIN, END = "<!-- stability: begin -->", "<!-- stability: end -->"
 REMEDIES = (
@@ -20,6 +20,7 @@ REMEDIES = (
     "repair-gentle",
     "repair-deep",
     "restart",
+    "restart-guard",
     "back-100",
 )
 
@@ -65,11 +66,13 @@ def offline(records: Records) -> str:
                     method,
                     _share(late.alive, late.count),
                     _share(late.ahead, late.count),
+                    f"{late.saved.middle:+.0f}",
                     _share(early.alive, early.count),
                 ]
             )
     head = ["dead checkpoints", *(f"{death} deaths: {len(found)}" for death, found in deaths.items())]
-    return table([head[0], f"{head[1]}, learn again", "ahead of a restart", f"{head[2]}, learn again"], rows)
+    late_columns = [f"{head[1]}, learn again", "ahead of a restart", "steps saved, median"]
+    return table([head[0], *late_columns, f"{head[2]}, learn again"], rows)
 
 
 def _share(part: int, whole: int) -> str:

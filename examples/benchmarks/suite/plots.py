@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of the results: loss over learning rate, and rescue against restart."""
 
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from suite import rescues
+from suite.plans import ABLATION_TASKS, DYING
 from suite.records import Records, Spread, loss
 
 SHOWN = {
@@ -51,7 +53,7 @@ def curves(records: Records, path: Path) -> Path:
         axis.axhline(trivial, color="black", linewidth=0.6, linestyle=":")
         axis.set(xscale="log", title=task)
         axis.title.set_fontsize(9)
-        axis.set_xticks([0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256], ["½", "1", "", "4", "", "16", "", "64", "", "256"])
+        axis.set_xticks([0.25, 1, 4, 16, 64, 256], ["¼", "1", "4", "16", "64", "256"])
         axis.minorticks_off()
     axes.flat[0].legend(fontsize=7)
     figure.supxlabel("learning rate, as a multiple of the task's own")
@@ -86,6 +88,38 @@ def rescue(records: Records, path: Path) -> Path:
     return _save(figure, path)
 
 
+def recovery(records: Records, path: Path) -> Path:
+    """How late a repair still works: loss against the restart over the steps at the deadly rate.
+
+    Args:
+        records: all results.
+        path: file to write.
+
+    Returns:
+        The same.
+    """
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for number, task in enumerate(ABLATION_TASKS):
+        points = {}
+        for steps in DYING:
+            dead = rescues.dead_checkpoints(records, "late", (steps,), task)
+            gaps = rescues.tally(records, dead, "repair").gap.values
+            points |= {steps: gaps} if gaps else {}
+        if points:
+            middle = [statistics.median(gaps) for gaps in points.values()]
+            around = [(m - min(gaps), max(gaps) - m) for m, gaps in zip(middle, points.values(), strict=True)]
+            error = [list(side) for side in zip(*around, strict=True)]
+            axis.errorbar(list(points), middle, error, color=f"C{number}", marker="o", capsize=3, label=task)
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(xscale="log", xlabel="steps at the deadly rate", ylabel="repaired - restart (nats)")
+    axis.set_xticks(DYING, [str(steps) for steps in DYING])
+    axis.minorticks_off()
+    axis.set_title("below the line, the repair is ahead; bars: all seeds", fontsize=10)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -107,4 +141,5 @@ def draw(records: Records, folder: Path) -> list[Path]:
         files.append(curves(records, folder / "stability-range.png"))
     if records.find(question="rescue"):
         files.append(rescue(records, folder / "stability-rescue.png"))
+        files.append(recovery(records, folder / "stability-recovery.png"))
     return files

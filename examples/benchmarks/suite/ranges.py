@@ -2,6 +2,7 @@
 """Question 1: the range of learning rates that learn.
 
 *Range*: the largest multiple up to which, from the task's own rate on, every rate of the grid learns with most seeds.
+Only seeds for which the whole grid was measured count.
 *Sensitivity*: the mean over the grid of `min(loss, trivial) - best`, with the best loss of the same method and seed
 (Wortsman et al., arXiv 2309.14322; the initial loss there is the trivial one here).
 """
@@ -20,6 +21,23 @@ FURTHER = (64.0, 128.0, 256.0, 512.0)
 """Where a method still learns at the end of the grid, it is asked for more, until it does not."""
 
 
+def complete(records: Records, task: str, method: str) -> list[int]:
+    """The seeds for which a method was measured at every rate of the grid.
+
+    Args:
+        records: all results.
+        task: its name.
+        method: its name.
+
+    Returns:
+        Seeds, in order.
+    """
+    asked: dict[int, set[float]] = {}
+    for spec in records.find(question="range", task=task, method=method):
+        asked.setdefault(spec.seed, set()).add(spec.multiple)
+    return sorted(seed for seed, multiples in asked.items() if multiples >= set(GRID))
+
+
 def largest(records: Records, task: str, method: str, seeds: list[int] | None = None) -> float:
     """The range of a method on a task.
 
@@ -27,21 +45,36 @@ def largest(records: Records, task: str, method: str, seeds: list[int] | None = 
         records: all results.
         task: its name.
         method: its name.
-        seeds: only these.
+        seeds: of those with the whole grid only these.
 
     Returns:
-        A multiple of the task's rate; 0 if not even that rate learns, NaN if nothing was measured.
+        A multiple of the task's rate; 0 if not even that rate learns, NaN if the grid was not measured.
     """
+    there = [seed for seed in complete(records, task, method) if seeds is None or seed in seeds]
     found = records.find(question="range", task=task, method=method)
-    found = {spec: result for spec, result in found.items() if seeds is None or spec.seed in seeds}
-    multiples = sorted({spec.multiple for spec in found if spec.multiple >= 1.0})
-    reached = 0.0 if multiples else float("nan")
-    for multiple in multiples:
+    found = {spec: result for spec, result in found.items() if spec.seed in there and spec.multiple >= 1.0}
+    reached = 0.0 if found else float("nan")
+    for multiple in sorted({spec.multiple for spec in found}):
         verdicts = [learns(result) for spec, result in found.items() if spec.multiple == multiple]
         if 2 * sum(verdicts) <= len(verdicts):
             break
         reached = multiple
     return reached
+
+
+def open_ended(records: Records, task: str, method: str) -> bool:
+    """Whether a method still learnt at the highest rate that it was asked for.
+
+    Args:
+        records: all results.
+        task: its name.
+        method: its name.
+
+    Returns:
+        The answer; its range may be larger then.
+    """
+    asked = records.values("multiple", question="range", task=task, method=method)
+    return bool(asked) and largest(records, task, method) == max(asked)
 
 
 def sensitivity(records: Records, task: str, method: str) -> Spread:
@@ -53,13 +86,12 @@ def sensitivity(records: Records, task: str, method: str) -> Spread:
         method: its name.
 
     Returns:
-        One number a seed.
+        One number for each seed with the whole grid.
     """
     found = records.find(question="range", task=task, method=method)
-    found = {spec: result for spec, result in found.items() if spec.multiple in GRID}
     values = []
-    for seed in {spec.seed for spec in found}:
-        losses = [loss(result) for spec, result in found.items() if spec.seed == seed]
+    for seed in complete(records, task, method):
+        losses = [loss(result) for spec, result in found.items() if spec.seed == seed and spec.multiple in GRID]
         values.append(statistics.fmean(losses) - min(losses))
     return Spread(tuple(values))
 
@@ -113,7 +145,7 @@ def score(records: Records, method: str, names: list[str]) -> float:
     """
     ratios = []
     for task in names:
-        seeds = records.values("seed", question="range", task=task, method=method)
+        seeds = complete(records, task, method)
         mine, plain = largest(records, task, method), largest(records, task, "nothing", seeds)
         mine, plain = min(mine, GRID[-1]), min(plain, GRID[-1])  # not every method was asked for more
         if mine == mine and plain == plain:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results in memory: looked up by what was measured."""
 
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ class Records:
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         """See the class."""
-        self.origins: dict[str, dict[str, Any]] = {}
+        self.origins: dict[Spec, dict[str, Any]] = {}
         self._results: dict[Spec, Result] = {}
         self._by_task: dict[tuple[str, str], dict[Spec, Result]] = {}
         for record in records:
             spec = Spec(**record["spec"])
             self._results[spec] = self._by_task.setdefault((spec.question, spec.task), {})[spec] = record["result"]
-            self.origins[json.dumps(record["origin"], sort_keys=True)] = record["origin"]
+            self.origins[spec] = record["origin"]
 
     def __len__(self) -> int:
         """Count the measurements."""

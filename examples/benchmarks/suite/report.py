@@ -1,233 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in Markdown from the results, good or bad."""
+"""The report: what was measured, in one Markdown file and a few plots."""
 
-import json
-import statistics
-from collections.abc import Iterable
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
-from suite import ablations, rescues, sentences
-from suite.plans import ABLATION_TASKS
+from suite import ablations, sentences, tables
+from suite.methods import METHODS
+from suite.methods.guarded import FORMS
+from suite.plans import ABLATION_TASKS, DEFAULT_TASKS
 from suite.plots import draw
-from suite.ranges import largest, quality, score, sensitivity
-from suite.records import Records, learns
+from suite.ranges import quality, sensitivity
+from suite.records import Records
 from suite.store import Store
+from suite.training import DEAD, LAST
 
-Row = list[str]
+PREFACE = f"""\
+# Stability: what was measured
 
-COUNTED = ("dead", "learn again", "ahead of the restart", "loss - restart", "steps saved")
-"""Columns of one remedy on one task."""
+Made by `python examples/benchmarks/stability.py --report` from `stability.jsonl`, one line a run.
 
-
-def table(head: Row, rows: Iterable[Row]) -> str:
-    """Lay out a Markdown table.
-
-    Args:
-        head: names of the columns.
-        rows: cells.
-
-    Returns:
-        Its lines.
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def range_table(records: Records) -> str:
-    """Question 1 in one table.
-
-    Args:
-        records: all results.
-
-    Returns:
-        Markdown.
-    """
-    names = records.values("task", question="range")
-    methods = records.values("method", question="range")
-    methods.sort(key=lambda method: -_or_zero(score(records, method, names)))
-    rows = [
-        [method, f"{score(records, method, names):.2f}", *(_times(largest(records, task, method)) for task in names)]
-        for method in methods
-    ]
-    return table(["method", "range against unguarded", *names], rows)
-
-
-def spread_table(records: Records, measure: object) -> str:
-    """A number with its spread, for every method and task.
-
-    Args:
-        records: all results.
-        measure: function of records, task and method.
-
-    Returns:
-        Markdown.
-    """
-    names = records.values("task", question="range")
-    rows = [
-        [method, *(str(measure(records, task, method)) for task in names)]
-        for method in records.values("method", question="range")
-    ]
-    return table(["method", *names], rows)
-
-
-def events_table(records: Records) -> str:
-    """How often each method intervenes, and what it costs.
-
-    Args:
-        records: all results.
-
-    Returns:
-        Markdown.
-    """
-    rows = []
-    plain = {(s.task, s.seed, s.multiple): r for s, r in records.find(question="range", method="nothing").items()}
-    for method in records.values("method", question="range"):
-        found = records.find(question="range", method=method)
-        pairs = [
-            (r, plain[s.task, s.seed, s.multiple]) for s, r in found.items() if (s.task, s.seed, s.multiple) in plain
-        ]
-        # A run that blew up early has fewer steps, so time is compared a step.
-        seconds = [_pace(mine) / _pace(other) for mine, other in pairs]
-        share = sum(r["events"] for r in found.values()) / sum(r["steps"] for r in found.values())
-        ratio = statistics.median(seconds) if seconds else float("nan")
-        rows.append([method, str(len(found)), f"{100 * share:.2f} %", f"{ratio:.2f}"])
-    return table(["method", "runs", "steps with an intervention", "time of a step, median ratio"], rows)
-
-
-def rescue_table(records: Records, death: str) -> str:
-    """Question 2 in one table.
-
-    Args:
-        records: all results.
-        death: "early" or "late".
-
-    Returns:
-        Markdown.
-    """
-    deaths = rescues.dead_checkpoints(records, death)
-    rows = []
-    for method in records.values("method", question="rescue"):
-        t = rescues.tally(records, deaths, method)
-        if t.count:
-            alive, ahead = (f"{100 * n / t.count:.0f} %" for n in (t.alive, t.ahead))
-            rows.append([method, str(t.count), alive, ahead, f"{t.gap:+.2f}", f"{t.behind:+.2f}", f"{t.saved:+.0f}"])
-    head = [
-        "remedy",
-        "dead checkpoints",
-        "learn again",
-        "ahead of the restart",
-        "loss - restart",
-        "loss - never diverged",
-    ]
-    return table([*head, "steps saved"], rows)
-
-
-def task_table(records: Records, death: str, method: str) -> str:
-    """One remedy, task by task.
-
-    Args:
-        records: all results.
-        death: "early" or "late".
-        method: the remedy.
-
-    Returns:
-        Markdown.
-    """
-    rows = []
-    for task in records.values("task", question="rescue"):
-        made = records.find(question="rescue", task=task, death=death, method="continue")
-        count = sum(spec.dying in rescues.USUAL for spec in made)
-        t = rescues.tally(records, rescues.dead_checkpoints(records, death, task=task), method)
-        rows.append([task, str(count), *_counted(t)])
-    return table(["task", "checkpoints", *COUNTED], rows)
-
-
-def healthy_table(records: Records) -> str:
-    """What a repair does to healthy checkpoints.
-
-    Args:
-        records: all results.
-
-    Returns:
-        Markdown.
-    """
-    rows = []
-    for task in records.values("task", question="healthy"):
-        for method in records.values("method", question="healthy", task=task):
-            found = records.find(question="healthy", task=task, method=method).values()
-            begin, end = ([r[name] for r in found if r[name] is not None] for name in ("held_out_at_start", "final"))
-            rows.append([task, method, _mean(begin), _mean(end)])
-    return table(["task", "remedy", "held-out loss at once", "training loss after going on"], rows)
-
-
-def recovery_table(records: Records) -> str:
-    """How late a rescue still works.
-
-    Args:
-        records: all results.
-
-    Returns:
-        Markdown.
-    """
-    rows = []
-    for task in records.values("task", question="rescue"):
-        for dying in sorted(n for n in records.values("dying", question="rescue", task=task) if n):
-            t = rescues.tally(records, rescues.dead_checkpoints(records, "late", (dying,), task), "repair")
-            if t.count:
-                rows.append([task, str(dying), *_counted(t)])
-    return table(["task", "steps at the deadly rate", *COUNTED], rows)
-
-
-def lead_table(records: Records) -> str:
-    """How long before the death of the unguarded run the guard fires.
-
-    Args:
-        records: all results.
-
-    Returns:
-        Markdown.
-    """
-    rows = []
-    for method in ("pss-default", "pss-published", "pss-floor"):
-        leads, blind = [], 0
-        for spec, plain in records.find(question="range", method="nothing").items():
-            mine = records.first(**vars(replace(spec, method=method)))
-            if mine is None or learns(plain) or plain["death"] is None:
-                continue
-            if mine["first_event"] is None:
-                blind += 1
-            else:
-                leads.append(plain["death"] - mine["first_event"])
-        if leads or blind:
-            rows.append([method, str(len(leads) + blind), str(blind), _median(leads)])
-    return table(["detector", "runs that die unguarded", "never fires", "median lead in steps"], rows)
-
-
-def _counted(t: rescues.Tally) -> Row:
-    if not t.count:
-        return ["0", *["-"] * 4]
-    return [str(t.count), str(t.alive), str(t.ahead), f"{t.gap:+.2f}", f"{t.saved:+.0f}"]
-
-
-def _pace(result: dict[str, float]) -> float:
-    return max(result["seconds"], 1e-3) / max(result["steps"], 1)
-
-
-def _times(value: float) -> str:
-    return "-" if value != value else f"{value:g}x" if value else "none"
-
-
-def _or_zero(value: float) -> float:
-    return value if value == value else 0.0
-
-
-def _mean(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.2f}" if values else "-"
-
-
-def _median(values: list[float]) -> str:
-    return f"{statistics.median(values):+.0f}" if values else "-"
+- A run *dies* when a loss is not finite or the mean training loss of its last {LAST} steps is not below {DEAD} of that
+  of the best constant prediction; it *learns* otherwise. A run that blew up counts as that prediction where losses are
+  compared.
+- Learning rates are multiples of each network's own. The first table goes on beyond 32x where a method still learnt
+  there, until it did not; "≥" marks where it was not asked for more. Scores and sensitivities are those of the grid of
+  0.5x to 32x, so that all methods are compared over the same rates.
+- *Late* deaths: trained to health, killed by a higher rate, resumed at the healthy rate unless a heading says
+  otherwise. *Early* deaths: killed from scratch after 150 steps, resumed at that rate.
+- *Ahead of the restart*: a lower final loss than fresh weights trained for as many steps. *Steps saved*: what a run
+  that met no deadly rate needs from scratch to get to the rescued run's final loss, minus the steps of the rescue.
+- "±" is the standard deviation over seeds; medians have their quartiles in brackets.
+- Runs are of some 250 to 640 steps, so there is no rolling back by 500 steps, and MSign acts every 10 steps (`msign`)
+  beside its authors' 100 (`msign-100`).
+"""
 
 
 def sections(records: Records) -> dict[str, str]:
@@ -240,27 +45,31 @@ def sections(records: Records) -> dict[str, str]:
         Markdown by heading, in order.
     """
     found = {
-        "Learning rates that learn (largest multiple of the task's rate)": range_table(records),
-        "Learning-rate sensitivity (nats, mean ± deviation over seeds; smaller is better)": spread_table(
-            records, sensitivity
-        ),
-        "Loss against the unguarded run at its best rate (nats; negative is better)": spread_table(records, quality),
-        "Interventions and time": events_table(records),
-        "Lead": lead_table(records),
-        "Rescue of late deaths": rescue_table(records, "late"),
-        "Rescue of late deaths, by task: repair": task_table(records, "late", "repair"),
-        "Rescue of late deaths, by task: roll back 100 steps": task_table(records, "late", "back-100"),
-        "Rescue of early deaths, at the rate that killed": rescue_table(records, "early"),
-        "Rescue of early deaths, by task: repair with the guard": task_table(records, "early", "repair-guard"),
-        "Repair of healthy checkpoints": healthy_table(records),
-        "How late a repair still works": recovery_table(records),
+        sentences.REACH: tables.range_table(records),
+        sentences.PRICE: tables.spread_table(records, sensitivity),
+        sentences.QUALITY: tables.spread_table(records, quality),
+        sentences.INTERVENTIONS: tables.interventions_table(records),
+        sentences.TRIGGERS: tables.triggers_table(records, "pss-default"),
+        sentences.LEAD: tables.lead_table(records),
+        sentences.LATE: tables.rescue_table(records, "late"),
+        "Rescue of late deaths, by task: repair": tables.task_table(records, "late", "repair"),
+        "Rescue of late deaths, by task: repair with the guard": tables.task_table(records, "late", "repair-guard"),
+        "Rescue of late deaths, by task: roll back 100 steps": tables.task_table(records, "late", "back-100"),
+        "Rescue of late deaths, one by one: final losses": tables.seeds_table(records, "late"),
+        sentences.DEADLY: tables.deadly_table(records),
+        sentences.EARLY: tables.rescue_table(records, "early"),
+        "Rescue of early deaths, by task: repair with the guard": tables.task_table(records, "early", "repair-guard"),
+        "Rescue of early deaths, one by one: final losses": tables.seeds_table(records, "early"),
+        sentences.HEALTHY: tables.healthy_table(records),
+        sentences.RECOVERY: tables.recovery_table(records),
+        sentences.CHANGED: tables.changed_table(records),
     }
     told = sentences.tell(records)
     return {head: f"{told[head]}\n\n{text}" if told.get(head) else text for head, text in found.items()}
 
 
 def ablation_sections(records: Records) -> dict[str, str]:
-    """One part of the published method changed at a time.
+    """One part of the published method, or of the default, changed at a time.
 
     Args:
         records: all results.
@@ -268,8 +77,42 @@ def ablation_sections(records: Records) -> dict[str, str]:
     Returns:
         Markdown by heading, in order.
     """
-    found = {name: ablations.group(records, name, ABLATION_TASKS) for name in ablations.GROUPS}
-    return {f"Ablation: {name}": f"{told}\n\n{table(head, rows)}" for name, (told, head, rows) in found.items() if rows}
+    found = {}
+    for name, group in ablations.GROUPS.items():
+        where = DEFAULT_TASKS if group.base == "pss-default" else ABLATION_TASKS
+        told, head, rows = ablations.group(records, name, where)
+        if rows:
+            found[f"Ablation: {name}"] = f"{told}\n\n{tables.table(head, rows)}"
+    return found
+
+
+def methods_section() -> str:
+    """What the names stand for.
+
+    Returns:
+        Markdown.
+    """
+    said = {name: (METHODS[name]().__doc__ or "").split("\n")[0] for name in METHODS if name not in FORMS}
+    rows = [[f"`{name}`", text] for name, text in said.items()]
+    forms = (
+        "`pss-...` and `default-...`: see the comments in `suite/methods/guarded.py`; remedies: `suite/remedies.py`."
+    )
+    return f"{tables.table(['method', 'what it does'], rows)}\n{forms}\n"
+
+
+def origins_section(records: Records) -> str:
+    """Where the results come from.
+
+    Args:
+        records: all results.
+
+    Returns:
+        Markdown.
+    """
+    counts = Counter(tuple(str(value) for value in origin.values()) for origin in records.origins.values())
+    head = list(next(iter(records.origins.values()))) if records.origins else []
+    rows = [[*values, str(count)] for values, count in counts.items()]
+    return tables.table([*head, "runs"], rows)
 
 
 def markdown(records: Records) -> str:
@@ -281,13 +124,9 @@ def markdown(records: Records) -> str:
     Returns:
         Markdown.
     """
-    parts = [
-        "# Stability: what was measured\n",
-        f"{len(records)} runs. Made by `python examples/benchmarks/stability.py --report`.\n",
-    ]
-    parts += [f"- {json.dumps(origin)}" for origin in records.origins.values()]
-    parts += [f"\n## {head}\n\n{text}" for head, text in {**sections(records), **ablation_sections(records)}.items()]
-    return "\n".join(parts)
+    body = {**sections(records), **ablation_sections(records)}
+    body |= {"Methods": methods_section(), "Origins": origins_section(records)}
+    return "\n".join([PREFACE, *(f"## {head}\n\n{text}" for head, text in body.items())])
 
 
 def write(store: Store, folder: Path) -> list[Path]:

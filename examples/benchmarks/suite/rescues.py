@@ -64,6 +64,40 @@ def partner(records: Records, spec: Spec, method: str) -> Result | None:
 
 
 @dataclass(frozen=True)
+class Middle:
+    """A median with its quartiles.
+
+    Args:
+        values: one number a checkpoint.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def middle(self) -> float:
+        """The median.
+
+        Returns:
+            NaN where there is nothing.
+        """
+        return statistics.median(self.values) if self.values else float("nan")
+
+    def text(self, digits: int = 2) -> str:
+        """As a table shows it.
+
+        Args:
+            digits: behind the point.
+
+        Returns:
+            Such as "-0.05 (-0.11 to +0.02)".
+        """
+        if len(self.values) < 2:
+            return " ".join(f"{value:+.{digits}f}" for value in self.values) or "-"
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return f"{self.middle:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+@dataclass(frozen=True)
 class Tally:
     """One remedy over many checkpoints.
 
@@ -71,39 +105,38 @@ class Tally:
         count: checkpoints.
         alive: how many learn again.
         ahead: how many end below the restart.
-        gap: median of the final loss minus the restart's, in nats.
-        behind: median of the final loss minus that of a run that never diverged, at equal total steps.
-        saved: median of the steps saved.
+        gap: the final loss minus the restart's, in nats.
+        behind: the final loss minus that of a run that never diverged, at equal total steps.
+        saved: the steps saved.
     """
 
     count: int
     alive: int
     ahead: int
-    gap: float
-    behind: float
-    saved: float
+    gap: Middle
+    behind: Middle
+    saved: Middle
 
 
-def tally(records: Records, deaths: list[Spec], method: str) -> Tally:
+def tally(records: Records, deaths: list[Spec], method: str, restart: str = "restart") -> Tally:
     """Count.
 
     Args:
         records: all results.
         deaths: dead checkpoints.
         method: the remedy.
+        restart: what it is compared with.
 
     Returns:
         Its figures over those that have been measured.
     """
     rows = []
     for spec in deaths:
-        mine, restart, never = (partner(records, spec, name) for name in (method, "restart", "never"))
-        if mine and restart and never:
-            rows.append((learns(mine), loss(mine) - loss(restart), loss(mine) - loss(never), saved(mine, never)))
-    if not rows:
-        return Tally(0, 0, 0, *[float("nan")] * 3)
-    alive, gap, behind, steps = zip(*rows, strict=True)
-    return Tally(len(rows), sum(alive), sum(g < 0 for g in gap), *(statistics.median(x) for x in (gap, behind, steps)))
+        mine, other, never = (partner(records, spec, name) for name in (method, restart, "never"))
+        if mine and other and never:
+            rows.append((learns(mine), loss(mine) - loss(other), loss(mine) - loss(never), saved(mine, never)))
+    alive, gap, behind, steps = zip(*rows, strict=True) if rows else [()] * 4
+    return Tally(len(rows), sum(alive), sum(g < 0 for g in gap), *map(Middle, (gap, behind, steps)))
 
 
 def saved(mine: Result, never: Result) -> float:
