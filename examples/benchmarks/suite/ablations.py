@@ -54,6 +54,7 @@ GROUPS = {
     ),
     "policy, of the default": _default(
         *("damping-1", "damping-2", "damping-alone", "pace-0.001", "pace-0.01"),
+        *("forgetting-0.95", "forgetting-0.998", "companions-left", "no-room"),
         *("cooldown-20", "smooth-and-clip", "smooth-and-skip", "reset-moments"),
     ),
 }

@@ -62,7 +62,7 @@ CORE = (
 
 ABLATION_TASKS = ("gpt-postln-adamw", "gpt-preln-adamw", "mlp-adamw")
 ABLATION_GRID = (1.0, 8.0, 16.0)
-DEFAULT_TASKS = (*ABLATION_TASKS, "cnn-sgd", "lstm-adamw")
+DEFAULT_TASKS = (*ABLATION_TASKS, "lstm-adamw")
 DEFAULT_GRID = (1.0, 32.0)
 """Where the default is measured with one thing changed: it learns at higher rates than the published method."""
 

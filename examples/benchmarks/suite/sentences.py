@@ -72,8 +72,8 @@ def reach(records: Records) -> str:
     return (
         f"Of the methods that were measured on all {len(names)} networks, {best} has the largest range "
         f"({score(records, best, names):.2f} x the unguarded one within the grid, geometric mean). The default guard "
-        f"has {score(records, DEFAULT, names):.2f} x within the grid and {beyond:.1f} x beyond it; it is first, alone or "
-        f"with others, on {first} networks, and has ten times the unguarded range on {tenfold}."
+        f"has {score(records, DEFAULT, names):.2f} x within the grid and {beyond:.1f} x beyond it; it is first, alone "
+        f"or with others, on {first} networks, and has ten times the unguarded range on {tenfold}."
     )
 
 

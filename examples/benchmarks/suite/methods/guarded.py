@@ -105,6 +105,42 @@ def _policy(name: str, *values: float) -> dict[str, Callable[[], Guarded]]:
     return {f"default-{name}-{value:g}": lambda value=value: _default(**{name: value}) for value in values}
 
 
+class Retuned(Guarded):
+    """The default with something changed that is no argument of `pss_param.attach`.
+
+    Args:
+        change: what to do with the guard, right after it was attached.
+    """
+
+    def __init__(self, change: Callable[[pss.Guard], None]) -> None:
+        super().__init__()
+        self.change = change
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Attach and change.
+
+        Args:
+            model: the network.
+            optimizer: see `Guarded`.
+            total_steps: not used.
+        """
+        super().start(model, optimizer, total_steps)
+        self.change(self.guard)
+
+
+def _forgetting(factor: float) -> Callable[[], Guarded]:
+    return lambda: Retuned(lambda guard: setattr(guard._damping, "forgetting", factor))
+
+
+def _companions_left(guard: pss.Guard) -> None:
+    guard._damping._companions = tuple
+
+
+def _no_room(guard: pss.Guard) -> None:
+    watch = next(part for part in guard.detector.modules() if isinstance(part, pss.StableRankFloor))
+    watch.healthy.room.fill_(1.0)
+
+
 def _ratio_beside(threshold: float) -> Callable[[], Guarded]:
     return lambda: Guarded(detector=pss.AnyOf(pss.GradientNormRatio(threshold=threshold), pss.StableRankFloor()))
 
@@ -187,6 +223,10 @@ DEFAULTS: dict[str, Callable[[], Guarded]] = {
     "default-smooth-and-clip": lambda: _default(on_trigger="smooth_and_clip"),
     "default-smooth-and-skip": lambda: _default(on_trigger="smooth_and_skip"),
     "default-reset-moments": lambda: _default(reset_moments=True),
+    # What is no argument: how fast damping is forgotten, what follows it, and the room of recurrent matrices.
+    **{f"default-forgetting-{factor:g}": _forgetting(factor) for factor in (0.95, 0.998)},
+    "default-companions-left": lambda: Retuned(_companions_left),
+    "default-no-room": lambda: Retuned(_no_room),
     # What damping does by itself, that is cutting the learning rate of what would have been smoothed.
     "default-damping-alone": lambda: Guarded(smoothing=_unsmoothed),
 }
