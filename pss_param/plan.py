@@ -181,7 +181,9 @@ def _outside(
     untied = {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
     # As many rows as a head has outputs: tokens, and not places, whose table is smooth and of low rank in health.
     outputs = {infos[name].shape[0] for name, target in untied.items() if target.role == "head"}
-    return untied, {n: t for n, t in tables.items() if t.role == "embedding" and infos[n].shape[0] in outputs}
+    alike = {n: t for n, t in tables.items() if infos[n].shape[0] in outputs}
+    named = {name: target for name, target in alike.items() if target.role == "embedding"}
+    return untied, named or (alike if len(alike) == 1 else {})  # one of any name, but not one of two
 
 
 def _one_channel(shape: tuple[int, ...]) -> bool:
@@ -205,9 +207,9 @@ def _is_a_map(target: Target, infos: Mapping[str, TensorInfo]) -> bool:
 
 
 def _vectors(source: TensorSource, rules: TargetRules, skipped: dict[str, str]) -> dict[str, float]:
-    found = {}
+    found, shapes = {}, {name: stored.shape for name, stored in source.tensors.items()}
     for name, stored in source.tensors.items():
-        value = initial_value(name, stored.shape, source.config) if stored.floating else None
+        value = initial_value(name, stored.shape, source.config, shapes) if stored.floating else None
         pattern = next((pattern for pattern in rules.exclude if matches(name, pattern)), None)
         if value is not None and pattern is not None:
             skipped[name] = f"excluded by {pattern!r}"

@@ -59,7 +59,9 @@ _HEADS = _words("""
     lm_head head heads classifier score embed_out qa_outputs predictions unembed logits generator
     proj_out output_projection
 """)
-_EMBEDDING = re.compile(r"embed|^w[tpe]e$|relative_.*bias|rel_pos|^pos_emb|^shared$|(cls|mask|dist)_token|codebook")
+_EMBEDDING = re.compile(
+    r"embed|(^|_)embs?$|^w[tpe]e$|relative_.*bias|rel_pos|^pos_emb|^shared$|(cls|mask|dist)_token|codebook"
+)
 _RECURRENT = re.compile(r"^weight_(ih|hh)(_l\d+)?(_reverse)?$")
 _NORM = re.compile(r"norm|^ln(_?\w{1,2})?$|^bn\d*$")
 _WORD_ATTENTION = re.compile(r"att(n|ention)?$|^attn|attention|^self$")

@@ -172,9 +172,19 @@ def correction(
         return _noise(checked_matrices(W), smoothing, generator)
     found, level = _dominant_set(W, smoothing, generator, init)
     # No level to come down to: Correction.edge == 0 and nothing changes.
-    rounding = torch.finfo(found.S.dtype).eps * max(W.shape[-2:])
-    level = torch.where(level > rounding * found.spectral_norm, level, torch.zeros_like(level))
+    level = torch.where(level > _rounding(W, smoothing, found), level, torch.zeros_like(level))
     return _from_triplets(found, level, _falls(found, level, _shape_function(smoothing)))
+
+
+def _rounding(W: Tensor, smoothing: Smoothing, found: DominantDirections) -> Tensor:
+    """The level at which there is nothing but rounding: that of the arithmetic, and of how ``W`` is stored."""
+    m, n = W.shape[-2:]
+    arithmetic = torch.finfo(found.S.dtype).eps * max(m, n) * found.spectral_norm
+    if smoothing.edge not in {"dominant", "bulk"}:
+        return arithmetic  # a level that does not come from W's own values says nothing of their rounding
+    bulk = (math.sqrt(m) + math.sqrt(n)) / math.sqrt(m * n)  # edge of independent errors, over their Frobenius norm
+    stored = torch.finfo(W.dtype).eps * bulk * found.stable_rank.sqrt() * found.spectral_norm
+    return torch.maximum(arithmetic, stored)
 
 
 def smooth(

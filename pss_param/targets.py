@@ -20,7 +20,8 @@ it. What trainers put before a name (`module.`, `_orig_mod.`, `model.`) matches 
 weight).
 
 In a model without numbered blocks (a plain MLP, a small convolutional network) `linear` takes every linear
-and convolution weight but the embeddings and the output head. The head is told by its name alone (`head`,
+and convolution weight but the embeddings and the output head. A matrix without a bias in a checkpoint where other
+matrices have one may be an embedding under any name, and is left alone. The head is told by its name alone (`head`,
 `lm_head`, `classifier`, `score`, ...): the last layer of a plain `nn.Sequential` is a target; exclude it by
 name where it is a head.
 
@@ -62,6 +63,9 @@ __all__ = [
     "select_parameters",
     "select_tensors",
 ]
+
+MAYBE_A_TABLE = "a matrix without a bias, where others have one, may be an embedding; include it by name"
+"""Why such a matrix outside numbered blocks is skipped."""
 
 ONE_CHANNEL = "a kernel of one input channel may be depthwise; include it by name to take it as one matrix"
 """Why such a kernel is skipped."""
@@ -156,6 +160,8 @@ class _Selector:
         self.weights, self.rules, self.config = weights, rules, config
         names = Names.of(weight.name for weight in weights)
         self.roles = {weight.name: _role(weight, names) for weight in weights}
+        matrices = {weight.name.removesuffix("weight") for weight in weights if len(weight.info.shape) == 2}
+        self.biased = matrices & {weight.name.removesuffix("bias") for weight in weights}
         self.transposed = stores_in_out(family_of(config), {weight.name: weight.info.shape for weight in weights})
         self.has_blocks = any(
             block_of(weight.name) is not None and not self._refusal(weight) and not self._kept_out(weight)
@@ -219,9 +225,15 @@ class _Selector:
             return f"role {role!r} is not in preset {preset!r}"
         kept_out = self._kept_out(weight)
         inside = block_of(weight.name) is not None or role == "recurrent"
-        if kept_out or preset == "all" or not self.has_blocks or inside:
+        if kept_out or preset == "all" or inside:
             return kept_out
-        return "outside the numbered blocks"
+        if self.has_blocks:
+            return "outside the numbered blocks"
+        return MAYBE_A_TABLE if self._may_be_a_table(weight) else ""
+
+    def _may_be_a_table(self, weight: Weight) -> bool:
+        unknown = not weight.kind and self.roles[weight.name] == "other"  # of a live model the module says what it is
+        return unknown and bool(self.biased) and weight.name.removesuffix("weight") not in self.biased
 
     def _target(self, weight: Weight) -> Target | str:
         role, family = self.roles[weight.name], self._family(weight)

@@ -19,13 +19,20 @@ _BIAS = re.compile(r"^(bias(_.*)?|.*_bias|b|beta)$")
 _GAIN = re.compile(r"^(weight|scale|gain|gamma|g)$")
 
 
-def initial_value(name: str, shape: tuple[int, ...], config: Mapping[str, Any] | None = None) -> float | None:
+def initial_value(
+    name: str,
+    shape: tuple[int, ...],
+    config: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> float | None:
     r"""Say what a fresh model has in a vector.
 
     Args:
         name: dotted name of the tensor.
         shape: its shape.
         config: the model's Hugging Face config, where there is one.
+        shapes: of all tensors by name, where they are known: in a ``Sequential`` a norm has a number for a name, and
+            is told by what lies beside its gain, a bias of the same length.
 
     Returns:
         1 for the gain of a norm, 0 for a bias; None for anything that is to be left alone, such as running statistics,
@@ -43,7 +50,9 @@ def initial_value(name: str, shape: tuple[int, ...], config: Mapping[str, Any] |
         return None
     if _BIAS.match(leaf):
         return 0.0
-    if _GAIN.match(leaf) and modules and is_norm(modules[-1].lower()):
+    beside = name.removesuffix("weight") + "bias"
+    plain = leaf == "weight" and shapes is not None and shapes.get(beside) == shape
+    if plain or (_GAIN.match(leaf) and modules and is_norm(modules[-1].lower())):
         return None if any(ZERO_CENTRED.search(kind) for kind in _model_types(config or {})) else 1.0
     return None
 

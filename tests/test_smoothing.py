@@ -162,6 +162,16 @@ def test_a_matrix_without_a_level_is_left_alone(W, edge):
     assert torch.equal(smooth(W, "clip", edge), W)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("edge", ["dominant", "bulk"])
+def test_rounding_of_the_stored_dtype_is_no_bulk(dtype, edge):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.outer(*torch.randn(2, 64, generator=generator)).to(dtype)
+    assert torch.equal(smooth(W, "clip", edge), W)
+    noisy = (W.float() + 0.1 * torch.randn(64, 64, generator=generator)).to(dtype)  # and a bulk above it is one
+    assert float(torch.linalg.matrix_norm(smooth(noisy, "clip", "bulk").float(), 2)) == pytest.approx(1.6, rel=0.1)
+
+
 def test_equal_makes_all_values_equal_at_the_same_norm():
     W = with_spectrum(40, 60, power(40, 1.0))
     S = torch.linalg.svdvals(smooth(W, "equal"))

@@ -9,7 +9,9 @@ from torch.nn.utils import parametrizations
 
 from pss_param.errors import ArgumentError
 from pss_param.matricize import LINEAR
+from pss_param.roles import Names, role_of
 from pss_param.targets import (
+    MAYBE_A_TABLE,
     PRESETS,
     Selection,
     TargetRules,
@@ -333,6 +335,26 @@ class TestPlainTorch:
             "body.weight",
             "head.weight",
         ]
+
+    def test_a_matrix_without_a_bias_may_be_an_embedding(self):
+        model = nn.ModuleDict({"encoder": nn.Embedding(9, 4), "rnn": nn.LSTM(4, 6), "decoder": nn.Linear(6, 9)})
+        state = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+        chosen = ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "decoder.weight"]
+        selection = select_tensors(state)
+        assert [target.name for target in selection.targets] == chosen
+        assert {skip.name: skip.reason for skip in selection.skipped}["encoder.weight"] == MAYBE_A_TABLE
+        assert [target.name for target in select_parameters(model).targets] == chosen
+        included = select_tensors(state, TargetRules(include=("encoder",)))
+        assert "encoder.weight" in {target.name for target in included.targets}
+
+    def test_matrices_without_biases_are_targets_where_none_has_one(self):
+        state = {f"{name}.weight": TensorInfo((4, 4), torch.float32) for name in ("inner", "outer")}
+        assert len(select_tensors(state).targets) == 2
+
+    @pytest.mark.parametrize("name", ["emb", "tok_emb", "user_emb", "embs", "model.token_emb"])
+    def test_embeddings_by_their_short_names(self, name):
+        assert role_of(f"{name}.weight", Names()) == "embedding"
+        assert role_of("down.0.resnets.0.time_emb_proj.weight", Names()) != "embedding"
 
     def test_unknown_blocks(self):
         shapes = {

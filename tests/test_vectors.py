@@ -130,6 +130,27 @@ def test_what_a_name_says(name, value):
     assert initial_value(name, (8,)) == value
 
 
+def test_a_norm_in_a_sequential_is_told_by_its_bias():
+    shapes = {"downsample.1.weight": (8,), "downsample.1.bias": (8,), "gate.2.weight": (8,), "act.weight": (1,)}
+    shapes |= {"gate.2.bias": (4,)}
+    assert initial_value("downsample.1.weight", (8,), None, shapes) == 1.0
+    assert initial_value("downsample.1.weight", (8,)) is None
+    assert initial_value("gate.2.weight", (8,), None, shapes) is None
+    assert initial_value("act.weight", (1,), None, shapes) is None
+    assert initial_value("downsample.1.weight", (8,), {"model_type": "gemma2"}, shapes) is None
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_deep_repair_resets_norms_in_a_sequential(numbered):
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16))
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])} if numbered else {"net": layer})
+    before = {name: value + 5 if value.dim() == 1 else value for name, value in model.state_dict().items()}
+    after, _ = pss.repair_state_dict(before, pss.RepairOptions(strength="deep"))
+    stem = "layers.0.1" if numbered else "net.1"
+    assert torch.equal(after[f"{stem}.weight"], torch.ones(16))
+    assert not after[f"{stem}.bias"].any()
+
+
 @pytest.mark.parametrize(
     "config",
     [{"model_type": "gemma2"}, {"model_type": "qwen3_next"}, {"model_type": "paligemma"},
@@ -167,6 +188,19 @@ def test_a_head_that_is_a_table_too_is_a_table(table):
     before["head.weight"] = before[table]
     after, _ = pss.repair_state_dict(before, pss.RepairOptions(strength="deep"))
     assert after["head.weight"] is before[table]
+
+
+@pytest.mark.parametrize("second", ["", "other.weight"])
+def test_a_token_table_may_have_any_name_where_it_is_the_only_one(second):
+    before = {name: value for name, value in spoiled().items() if "embedding" not in name}
+    if second:
+        before[second] = 9 * torch.randn(50, WIDTH)
+    after, report = pss.repair_state_dict(before, pss.RepairOptions(strength="deep"))
+    values = torch.linalg.svdvals(after["characters.weight"])
+    flat = float(values.max()) < 1.001 * float(values.min())
+    assert flat == (not second)
+    assert float(values.norm()) == pytest.approx(float(before["characters.weight"].norm()), rel=1e-4)
+    assert second in {"", *report.skipped}
 
 
 def test_shared_vectors_are_reset_once_and_named_once():
