@@ -27,7 +27,9 @@ def scan(ckpt: str, skipped: bool, as_json: bool, **choices: Any) -> None:
     Damage is: NaN or infinity; a median stable rank below 3; a matrix that has at most half the stable rank
     and at least twice the spectral norm of its peers in other layers, both by far more than they differ among
     themselves; or, with --reference, stable ranks whose median fell below half of the healthy ones. A low
-    stable rank alone is no damage. Exits with 3 if there is damage, 0 if there is none.
+    stable rank alone is no damage, and neither are matrices that have all outgrown fresh ones: after very long
+    training healthy ones have too. How far they have, and what a repair would make of it, is printed. Exits
+    with 3 if there is damage, 0 if there is none.
     """
     with progress_bar("reading") as progress:
         report = scan_checkpoint(ckpt, RepairOptions(**choices), progress=progress)
@@ -75,5 +77,8 @@ def _close(report: ScanReport) -> None:
     say(f"{len(report.rows)} matrices{middle}, {len(report.skipped)} other tensors not scanned")
     for finding in report.findings:
         say(f"damage: {finding}")
-    if not report.findings and not report.drift:
-        say("nothing stands out; damage to all layers alike shows only against a healthy checkpoint: --reference GOOD")
+    if not report.findings:
+        further = "" if report.drift else "; --reference GOOD compares with a healthy checkpoint"
+        say(f"nothing stands out from its peers{further}")
+    if report.reason:
+        say(f"a repair with the same options would be {report.reason}")

@@ -11,7 +11,10 @@ r"""Which matrices of a checkpoint stand out, and whether that is damage."""
 #    half the median stable rank, at least twice the median spectral norm, and both lie more than five robust
 #    standard deviations from the median, on a logarithmic scale. Either alone is marked in the table, not counted.
 # 4. *Fall against a healthy checkpoint*, where one is given: the median over all targets of the ratio of stable ranks
-#    is below ``drifted_below``. A collapse that struck all layers alike shows in no other way.
+#    is below ``drifted_below``. A collapse that struck all layers alike may show in no other way.
+#
+# Matrices that have all outgrown fresh ones are told, because a repair would then be deep, but not counted: healthy
+# networks after very long training look like that too (:mod:`pss_param.strength`).
 #
 # The robust standard deviation is 1.4826 times the median absolute deviation from the median of the *other* layers,
 # and at least log(1.1), because the layers of a fresh network are so alike that any difference would be many sigmas.
@@ -36,6 +39,7 @@ from pss_param.plan import TensorSource, make_plan
 from pss_param.reference import HealthySource
 from pss_param.report import TensorDrift
 from pss_param.spectrum import spectral_norm, stable_rank
+from pss_param.strength import measure_growth
 from pss_param.surgery import parts_of
 from pss_param.targets import Target
 from pss_param.version import __version__
@@ -91,6 +95,9 @@ class ScanReport:
         median_stable_rank: over the matrices with both sides of at least 32, or None without any.
         findings: one sentence per kind of damage; empty for a sound checkpoint.
         drift: how far each target has moved from the reference; empty without one.
+        growth: median spectral norm of the matrices inside the blocks over that of fresh ones, or of the reference's,
+            dimensionless; None where a repair with the same options would not look at it.
+        reason: the strength that such a repair would choose by it, and why, in the repair's words; empty likewise.
     """
 
     source: str
@@ -101,6 +108,8 @@ class ScanReport:
     median_stable_rank: float | None
     findings: tuple[str, ...]
     drift: tuple[TensorDrift, ...] = ()
+    growth: float | None = None
+    reason: str = ""
     version: str = __version__
     schema: str = SCHEMA
 
@@ -164,7 +173,12 @@ def scan_checkpoint(
         level = _median_rank(compared)
         findings = (*_findings(compared, nonfinite, level), *_falls(drift, options.drifted_below))
         parts = (compared, plan.skipped, nonfinite, level, findings, tuple(drift))
-        return ScanReport(str(path), layout.format, *parts)
+        return ScanReport(str(path), layout.format, *parts, *_outgrown(layout, options))
+
+
+def _outgrown(layout: Layout, options: RepairOptions) -> tuple[float | None, str]:
+    growth = measure_growth(layout, options) if options.open else None
+    return (growth.times, growth.reason) if growth is not None and growth.seen else (None, "")
 
 
 def _measured(layout: Layout, target: Target, device: torch.device) -> list[ScanRow]:

@@ -17,7 +17,7 @@ deep repair lost a healthy LSTM 0.03 nats.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -34,6 +34,32 @@ from pss_param.targets import Target
 
 GROWN = 2.0
 """From this median growth on a repair is deep."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    r"""How far the matrices have outgrown fresh ones, and what a repair makes of that.
+
+    Args:
+        times: median over the measured matrices, dimensionless.
+        seen: the same as a clause; empty where nothing could be measured.
+    """
+
+    times: float
+    seen: str
+
+    @property
+    def strength(self) -> str:
+        r"""What a repair would be."""
+        return "deep" if self.times >= GROWN else "gentle"
+
+    @property
+    def reason(self) -> str:
+        r"""The strength with its reason and the other one; empty where nothing could be measured."""
+        if self.strength == "deep":
+            return f"deep: {self.seen}; healthy ones may, after very long training: then strength gentle keeps more"
+        return f"gentle: {self.seen}; from {GROWN:g} x on it would be deep" if self.seen else ""
+
 
 _SAMPLE = 16  # tensors, evenly over the depth: a median of so many does not hang on one of them
 
@@ -66,17 +92,41 @@ def settle(source: TensorSource, options: RepairOptions) -> tuple[RepairOptions,
         return options, ""
     if not options.open:
         return replace(options, strength="gentle"), ""
+    growth = measure_growth(source, options)
+    if growth.strength == "deep":
+        return replace(options, strength="deep"), growth.reason
+    return replace(options, strength="gentle", init_std=None), growth.reason
+
+
+def measure_growth(source: TensorSource, options: RepairOptions) -> Growth:
+    r"""Measure what :func:`settle` chooses by.
+
+    Args:
+        source: the tensors.
+        options: which matrices, and against what.
+
+    Returns:
+        The growth.
+
+    Example:
+        >>> from pss_param.plan import StateDictSource
+        >>> measure_growth(StateDictSource({"layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}), RepairOptions()).times
+        0.0
+    """
     with HealthySource(options.reference) as healthy:
         plan = make_plan(source, options.rules())
         growths = list(_growths(source, plan, options, healthy))
         whose = "those of the reference" if healthy.present else f"fresh ones{_and_of_kernels(plan)}"
-    growth = median(growths) if growths else 0.0
-    seen = f"the matrices inside the blocks have {growth:.1f} x the spectral norm of {whose} (median of {len(growths)})"
-    if growth >= GROWN:
-        reason = f"deep: {seen}; healthy ones may, after very long training: then strength gentle keeps more"
-        return replace(options, strength="deep"), reason
-    reason = f"gentle: {seen}; from {GROWN:g} x on it would be deep" if growths else ""
-    return replace(options, strength="gentle", init_std=None), reason
+    if not growths:
+        return Growth(0.0, "")
+    times = median(growths)
+    having = f"{_which(plan)} have {times:.1f} x the spectral norm of {whose}"
+    return Growth(times, f"{having} (median of {len(growths)})")
+
+
+def _which(plan: Plan) -> str:
+    blocks = any(target.block is not None for target in plan.targets.values())
+    return "the matrices inside the blocks" if blocks else "the matrices"
 
 
 def _grows(target: Target, plan: Plan) -> bool:

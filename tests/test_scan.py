@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pss_param.options import RepairOptions
+from pss_param.repair import repair_checkpoint
 from pss_param.scan import ScanRow, compare_layers, scan_checkpoint
 
 
@@ -104,3 +105,30 @@ def test_a_fall_of_all_layers_alike_shows_only_against_a_healthy_checkpoint(tmp_
     assert "healthy checkpoint's" in report.findings[0]
     same = RepairOptions(reference=tmp_path / "good.safetensors")
     assert not scan_checkpoint(tmp_path / "good.safetensors", same).damaged
+
+
+@pytest.mark.parametrize(("scale", "strength"), [(0.5, "gentle"), (9.0, "deep")])
+def test_growth_is_the_repairs_own_figure_and_no_damage(tmp_path, scale, strength):
+    path = tmp_path / "x.safetensors"
+    save_file({f"layers.{i}.mlp.up_proj.weight": scale * fresh(64, 48, i) for i in range(6)}, path)
+    report = scan_checkpoint(path)
+    repair = repair_checkpoint(path, dry_run=True)
+    assert not report.damaged
+    assert report.reason.startswith(f"{strength}: ")
+    assert report.reason in repair.reason
+    assert f"have {report.growth:.1f} x" in repair.reason
+
+
+def test_a_reference_takes_the_place_of_fresh_matrices_in_the_growth(tmp_path):
+    good = {f"layers.{i}.mlp.up_proj.weight": 9 * fresh(64, 48, i) for i in range(6)}
+    save_file({name: 3 * weight for name, weight in good.items()}, tmp_path / "x.safetensors")
+    report = scan_checkpoint(tmp_path / "x.safetensors", RepairOptions(reference=good))
+    assert report.growth == pytest.approx(3, rel=1e-3)
+    assert "those of the reference" in report.reason
+
+
+def test_where_a_repair_would_not_look_at_growth_nothing_is_said_of_it(tmp_path):
+    report = scan_checkpoint(save(tmp_path, [0.0] * 6), RepairOptions(targets="mlp"))
+    assert (report.growth, report.reason) == (None, "")
+    save_file({"layers.0.mlp.up_proj.weight": torch.zeros(40, 40)}, tmp_path / "zero.safetensors")
+    assert scan_checkpoint(tmp_path / "zero.safetensors").growth == 0

@@ -105,3 +105,8 @@ def test_a_head_that_a_distributed_checkpoint_stores_beside_its_table_is_left_al
     _, report = pss.repair_state_dict(weights)
     assert "head.weight" in report.changed
     assert "lm_head.weight" not in report.changed
+
+
+def test_blocks_are_named_only_where_there_are_some():
+    assert "the matrices inside the blocks have" in chosen(network(5.0))[1]
+    assert "deep: the matrices have" in chosen({"fc1.weight": 9 * torch.eye(48), "fc2.weight": 9 * torch.eye(48)})[1]

@@ -118,6 +118,18 @@ def test_scan_in_json(checkpoint, call):
     assert content["skipped"].keys() == {"n.weight"}
 
 
+def test_scan_and_repair_agree_on_how_far_all_has_grown(call, tmp_path):
+    grown = tmp_path / "grown.safetensors"
+    save_file({SICK.format(i): 4 * matrix(i) for i in range(6)}, grown)
+    code, _, err = call("scan", grown)
+    assert (code, "damage: " in err) == (0, False)
+    (told,) = re.findall(r"would be (deep: .* x the spectral norm of fresh ones \(median of 6\);.*)", err)
+    assert told in call(grown, "--dry-run")[2]
+    content = json.loads(call("scan", "--json", grown)[1])
+    assert content["reason"] == told
+    assert f"{content['growth']:.1f} x" in told
+
+
 def test_scan_lists_the_skipped_with_reasons(checkpoint, call):
     assert "n.weight" not in call("scan", checkpoint)[1]
     assert re.search(r"n\.weight +\S", call("scan", "--skipped", checkpoint)[1])
