@@ -261,10 +261,10 @@ def test_a_kernel_is_told_by_as_many_channels():
 
 @pytest.mark.parametrize(("norms", "strength"), [(True, "gentle"), (False, "deep")])
 def test_growth_of_kernels_before_a_batch_norm_is_no_sign_of_death(norms, strength):
-    report = pss.repair_state_dict(grown(convolutional(norms), 5.0))[1]
+    report = pss.repair_state_dict(grown(convolutional(norms), 7.0))[1]
     assert report.options["strength"] == strength
     assert ("3 times that before a batch norm" in report.reason) == norms
-    assert pss.repair_state_dict(grown(convolutional(norms), 9.0))[1].options["strength"] == "deep"
+    assert pss.repair_state_dict(grown(convolutional(norms), 21.0))[1].options["strength"] == "deep"
 
 
 def test_a_deep_repair_clips_kernels_before_a_batch_norm():

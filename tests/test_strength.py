@@ -15,11 +15,14 @@ WIDTH = 48
 NAMES = [f"layers.{i}.mlp.up_proj.weight" for i in range(20)]
 
 
-def network(growth=1.0, names=NAMES):
+def network(growth=1.0, names=NAMES, flat=False):
     """Matrices as PyTorch makes them, times a factor; a head and a table that have grown a hundredfold."""
     chance = torch.Generator().manual_seed(0)
     bound = growth / WIDTH**0.5
     weights = {name: torch.empty(WIDTH, WIDTH).uniform_(-bound, bound, generator=chance) for name in names}
+    for name, weight in weights.items() if not flat else ():
+        U, S, Vh = torch.linalg.svd(weight)
+        weights[name] = U @ torch.diag(torch.cat([S[:2], 0.2 * S[2:]])) @ Vh  # collapsed, the norm as it was
     outside = {name: 100 * torch.randn(WIDTH, WIDTH, generator=chance) for name in ("head.weight", "embed.weight")}
     return weights | outside | {"layers.0.norm.weight": torch.full((WIDTH,), 3.0)}
 
@@ -39,6 +42,19 @@ def test_growth_inside_the_blocks_decides(growth, strength):
     oracle = float(torch.stack(norms).median()) / (2 * WIDTH**0.5 / (3 * WIDTH) ** 0.5)
     (told,) = re.findall(r"have (\S+) x the spectral norm of fresh ones \(median of 16\)", reason)
     assert float(told) == pytest.approx(oracle, abs=0.11)
+
+
+def test_flat_matrices_may_have_been_drawn_larger():
+    found, reason = chosen(network(2.45, flat=True))  # He's initialiser against PyTorch's
+    assert found == "gentle"
+    assert reason.endswith("from 6 x on it would be deep, flat as they are")
+    assert chosen(network(7.0, flat=True))[0] == "deep"
+    assert chosen(network(2.45, flat=True), init_std=(3 * WIDTH) ** -0.5)[0] == "deep"  # where somebody knows
+    assert chosen(network(2.45, flat=True), reference=network(flat=True))[0] == "deep"
+    plain = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    for layer in plain:
+        torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=torch.Generator().manual_seed(0))
+    assert chosen(plain.state_dict())[0] == "gentle"
 
 
 @pytest.mark.parametrize("grown", [7, 9])
