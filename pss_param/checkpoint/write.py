@@ -72,8 +72,14 @@ class StagedFile:
         remove_leftovers(self.destination)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         # A private checkpoint must not be readable by others while it is being built.
-        self.fd = os.open(self.temporary, flags, 0o666 if self.mode is None else 0o600)
-        lock(self.fd)
+        entered = False
+        try:
+            self.fd = os.open(self.temporary, flags, 0o666 if self.mode is None else 0o600)
+            lock(self.fd)
+            entered = True
+        finally:
+            if not entered:  # an interrupt may come as soon as the file is there
+                self.temporary.unlink(missing_ok=True)
         return self
 
     def reserve(self, size: int) -> None:

@@ -31,6 +31,16 @@ def test_an_exception_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupt_right_after_the_file_is_there_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(fd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "lock", interrupted)
+    with pytest.raises(KeyboardInterrupt), StagedFile(tmp_path / "out"):
+        pytest.fail("must not be entered")
+    assert os.listdir(tmp_path) == []
+
+
 def test_existing_destinations(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old")
