@@ -63,11 +63,11 @@ class StagedFolder:
         """
         check_parent(self.destination)
         remove_leftovers(self.destination)
-        os.mkdir(self.temporary, 0o700)
-        self._held = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        lock(self._held)
         with ExitStack() as undo:
-            undo.callback(self._discard)
+            undo.callback(self._discard)  # an interrupt may come as soon as the folder is there
+            os.mkdir(self.temporary, 0o700)
+            self._held = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            lock(self._held)
             for folder in self.folders:
                 if folder:
                     os.mkdir(self.temporary / folder, 0o700)
@@ -142,7 +142,8 @@ class StagedFolder:
             self._held = -1
 
     def _discard(self) -> None:
-        remove_tree(self.temporary)
+        if self.temporary.exists():
+            remove_tree(self.temporary)
         self._release()
 
     def __exit__(
