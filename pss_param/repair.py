@@ -42,7 +42,8 @@ def repair_state_dict(
         A new dict with the same keys in the same order, sharing every value that did not change, and the
         report.
 
-    NaN or infinity anywhere raises :class:`NonFiniteError`, a choice without targets :class:`ArgumentError`.
+    NaN or infinity raises :class:`NonFiniteError`, but for masks and what is excluded (see
+    :mod:`pss_param.by_design`); a choice without targets raises :class:`ArgumentError`.
 
     Example:
         >>> import torch
@@ -95,8 +96,8 @@ def repair_checkpoint(
         The report.
 
     Errors are :class:`CheckpointError` (the checkpoint cannot be read, or the output not be written),
-    :class:`NonFiniteError` (a tensor holds NaN or infinity) and :class:`ArgumentError` (no tensor is a
-    target).
+    :class:`NonFiniteError` (a tensor holds NaN or infinity, and not by design: :mod:`pss_param.by_design`) and
+    :class:`ArgumentError` (no tensor is a target).
     """
     options, start = options or RepairOptions(), time.perf_counter()
     destination = default_output(path) if output is None else Path(output)
@@ -123,6 +124,7 @@ def _completed(report: Report, outcome: Outcome, start: float) -> Report:
         drift=outcome.drift,
         optimizer=outcome.optimizer,
         vectors=outcome.vectors,
+        notes=outcome.notes,
         seconds=time.perf_counter() - start,
     )
 
