@@ -109,7 +109,9 @@ def repair_checkpoint(
         options, reason = replace(options, optimizer=optimizers.mode), "; ".join(filter(None, (reason, kept)))
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
-        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason)
+        report = Report(
+            str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason, notes=layout.notes
+        )
         if dry_run:
             return _completed(report, _with_optimizer(job, optimizers, None), start)
         return _write(job, layout, optimizers, (destination, force), lambda found: _completed(report, found, start))
@@ -124,7 +126,7 @@ def _completed(report: Report, outcome: Outcome, start: float) -> Report:
         drift=outcome.drift,
         optimizer=outcome.optimizer,
         vectors=outcome.vectors,
-        notes=outcome.notes,
+        notes=(*report.notes, *outcome.notes),
         seconds=time.perf_counter() - start,
     )
 

@@ -171,8 +171,8 @@ def scan_checkpoint(
         compared = compare_layers(rows)
         level = _median_rank(compared)
         findings = (*_findings(compared, nonfinite, level), *_falls(drift, options.drifted_below))
-        parts = (compared, {**plan.skipped, **left}, nonfinite, level, findings, tuple(drift), tuple(notes_of(left)))
-        return ScanReport(str(path), layout.format, *parts)
+        parts = (compared, {**plan.skipped, **left}, nonfinite, level, findings, tuple(drift))
+        return ScanReport(str(path), layout.format, *parts, notes=(*layout.notes, *notes_of(left)))
 
 
 def _measured(layout: Layout, target: Target, device: torch.device) -> list[ScanRow]:
