@@ -19,6 +19,7 @@ from pss_param.checkpoint.transfer import write_all
 from pss_param.operation import Job, Outcome, operate
 from pss_param.optimizer_edit import OptimizerEditor
 from pss_param.options import ProgressHook, RepairOptions
+from pss_param.other_sets import note_other_sets
 from pss_param.plan import StateDictSource, make_plan
 from pss_param.report import OptimizerReport, Report, report_path
 from pss_param.strength import settle
@@ -109,9 +110,8 @@ def repair_checkpoint(
         options, reason = replace(options, optimizer=optimizers.mode), "; ".join(filter(None, (reason, kept)))
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
-        report = Report(
-            str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason, notes=layout.notes
-        )
+        notes = (*layout.notes, *note_other_sets(layout, job.plan.targets, optimizers.states))
+        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason, notes=notes)
         if dry_run:
             return _completed(report, _with_optimizer(job, optimizers, None), start)
         return _write(job, layout, optimizers, (destination, force), lambda found: _completed(report, found, start))
