@@ -22,6 +22,7 @@ from pss_param.options import ProgressHook, RepairOptions
 from pss_param.other_sets import note_other_sets
 from pss_param.plan import StateDictSource, make_plan
 from pss_param.report import OptimizerReport, Report, report_path
+from pss_param.resume_rate import note_rate
 from pss_param.strength import settle
 from pss_param.surgery import digest
 
@@ -110,7 +111,8 @@ def repair_checkpoint(
         options, reason = replace(options, optimizer=optimizers.mode), "; ".join(filter(None, (reason, kept)))
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
-        notes = (*layout.notes, *note_other_sets(layout, job.plan.targets, optimizers.states))
+        others = note_other_sets(layout, job.plan.targets, optimizers.states)
+        notes = (*layout.notes, *others, *note_rate(layout.content))
         report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason, notes=notes)
         if dry_run:
             return _completed(report, _with_optimizer(job, optimizers, None), start)
@@ -126,7 +128,7 @@ def _completed(report: Report, outcome: Outcome, start: float) -> Report:
         drift=outcome.drift,
         optimizer=outcome.optimizer,
         vectors=outcome.vectors,
-        notes=(*report.notes, *outcome.notes),
+        notes=(*outcome.notes, *report.notes),
         seconds=time.perf_counter() - start,
     )
 
