@@ -183,7 +183,7 @@ class OptimizerEditor:
         if bad:
             names = ", ".join(f"{key} ({count})" for key, count in list(bad.items())[:SHOWN])
             more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-            way = "reset-all" if self.mode == "reset" else "reset (or reset-all)"
+            way = "reset-all" if self.mode == "reset" else "reset-all (or reset, where the parameters' names are known)"
             raise NonFiniteError(
                 f"{self.layout.path} holds NaN or infinity in {len(bad)} moment(s) of its optimizer: {names}{more}; "
                 f"pass --optimizer {way} to set moments back to their initial state"

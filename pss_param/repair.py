@@ -36,7 +36,7 @@ def repair_state_dict(
     r"""Smooth the weights of a state dict in memory.
 
     Args:
-        state_dict: values by name; never changed.
+        state_dict: values by name; never changed. What is no dense tensor is passed through.
         options: what to smooth and how; None for the defaults.
         progress: told of every tensor.
 

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from pss_param.errors import CheckpointError
+from pss_param.errors import CheckpointError, NonFiniteError
 from pss_param.options import RepairOptions
 from pss_param.param_order import write_param_order
 from pss_param.repair import repair_checkpoint
@@ -148,3 +148,12 @@ def test_the_way_out_beside_master_copies_is_one_that_works(tmp_path):
     assert len(report.optimizer.masters) == len(report.changed) + len(report.vectors)
     torch.save(torch.load(path, weights_only=True)["model"], tmp_path / "alone.pt")
     assert repair_checkpoint(tmp_path / "alone.pt").changed == report.changed
+
+
+def test_bad_moments_that_would_be_kept_are_refused_with_the_way_that_needs_no_names(tmp_path):
+    net, optimizer = trained(groups=2)
+    next(iter(optimizer.state.values()))["exp_avg"][0] = float("inf")
+    lightning_file(net, optimizer, tmp_path / "x.ckpt")
+    with pytest.raises(NonFiniteError, match=r"pass --optimizer reset-all \("):
+        repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="keep"))
+    assert repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="reset-all")).changed

@@ -27,7 +27,7 @@ def odd_tensors():
         yield "jagged", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
 
 
-@pytest.mark.parametrize(("kind", "value"), odd_tensors())
+@pytest.mark.parametrize(("kind", "value"), list(odd_tensors()))
 def test_what_is_no_dense_tensor_is_passed_through_with_a_reason(kind, value):
     repaired, report = repair_state_dict(weights(odd=value))
     assert repaired["odd"] is value

@@ -19,6 +19,7 @@ from .write import (
     MARK,
     REPORT_SUFFIX,
     check_parent,
+    creating_in,
     lock,
     no_space,
     remove_leftovers,
@@ -63,7 +64,8 @@ class StagedFolder:
         """
         check_parent(self.destination)
         remove_leftovers(self.destination)
-        os.mkdir(self.temporary, 0o700)
+        with creating_in(self.destination.parent):
+            os.mkdir(self.temporary, 0o700)
         self._held = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         lock(self._held)
         with ExitStack() as undo:
