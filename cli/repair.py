@@ -80,7 +80,9 @@ def _close(report: Report) -> None:
     others = f"{len(report.skipped)} other tensors untouched"
     if report.output is None:
         say(f"dry run: {count}, {others}; nothing was written ({report.seconds:.1f} s)")
-        return
-    say(f"{count}, {others} ({report.seconds:.1f} s)")
-    checked = ", verified" if report.options["verify"] else ""
-    say(f"wrote {report.output} and {report_path(Path(report.output)).name}{checked}")
+    else:
+        say(f"{count}, {others} ({report.seconds:.1f} s)")
+        checked = ", verified" if report.options["verify"] else ""
+        say(f"wrote {report.output} and {report_path(Path(report.output)).name}{checked}")
+    for note in report.notes:
+        say(note)

@@ -24,11 +24,11 @@ DAMAGE_FOUND = 3
 def scan(ckpt: str, skipped: bool, as_json: bool, **choices: Any) -> None:
     """Show stable rank and spectral norm of every target, and what stands out.
 
-    Damage is: NaN or infinity; a median stable rank below 3; a matrix that has at most half the stable rank
-    and at least twice the spectral norm of its peers in other layers, both by far more than they differ among
-    themselves; or, with --reference, stable ranks whose median fell below half of the healthy ones. A low
-    stable rank alone is no damage, and neither are matrices that have all outgrown fresh ones: after very long
-    training healthy ones have too. How far they have, and what a repair would make of it, is printed. Exits
+    Damage is: NaN or infinity, masks and what is excluded apart; a median stable rank below 3; a matrix that has at
+    most half the stable rank and at least twice the spectral norm of its peers in other layers, both by far more
+    than they differ among themselves; or, with --reference, stable ranks whose median fell below half of the healthy
+    ones. A low stable rank alone is no damage, and neither are matrices that have all outgrown fresh ones: after very
+    long training healthy ones have too. How far they have, and what a repair would make of it, is printed. Exits
     with 3 if there is damage, 0 if there is none.
     """
     with progress_bar("reading") as progress:
@@ -75,6 +75,8 @@ def _close(report: ScanReport) -> None:
     level = report.median_stable_rank
     middle = "" if level is None else f", median stable rank {level:.2f}"
     say(f"{len(report.rows)} matrices{middle}, {len(report.skipped)} other tensors not scanned")
+    for note in report.notes:
+        say(note)
     for finding in report.findings:
         say(f"damage: {finding}")
     if not report.findings:

@@ -26,6 +26,11 @@ def verify(out: str, source: str | None, as_json: bool) -> None:
         click.echo(outcome.to_json(), nl=False)
     if outcome.problems:
         more = f" (and {len(outcome.problems) - 1} more, see --json)" if len(outcome.problems) > 1 else ""
+        if outcome.wrong_source:
+            raise CheckpointError(
+                f"{source} is not the source of {out}, its report names {outcome.origin}: {outcome.problems[0]}{more}; "
+                "compare with that one, or repair again"
+            )
         raise CheckpointError(
             f"{out} is not what its report says: {outcome.problems[0]}{more}; repair the source again"
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pss_param.checkpoint import Layout, open_checkpoint
@@ -146,10 +147,14 @@ class _Comparison:
 
     def _measure(self, name: str, counterpart: str) -> None:
         counts = count_nonfinite(self.good.blocks(counterpart)), count_nonfinite(self.other.blocks(name))
-        if any(counts):
-            self.nonfinite[name] = counts
-            return
         old, new = self._read(self.good, counterpart), self._read(self.other, name)
+        if any(counts):
+            # Masks hold infinities by design; a NaN is never equal.
+            if counts[0] == counts[1] and torch.equal(old, new.to(old.dtype)):
+                self.identical += 1
+            else:
+                self.nonfinite[name] = counts
+            return
         distance = relative_change(old, new)
         self.identical += distance == 0
         if name in self.plan.targets:

@@ -75,5 +75,6 @@ def refuse_nonfinite(found: Mapping[str, int], where: str) -> None:
     rest = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     raise NonFiniteError(
         f"{where} holds NaN or infinity in {len(found)} tensor(s): {', '.join(names)}{rest}; "
-        "what such values were cannot be computed, so start from an earlier checkpoint"
+        "what such values were cannot be computed: start from an earlier checkpoint, take these tensors from one with "
+        "--nonfinite reference --reference GOOD, or --exclude what is to stay as it is"
     )

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pss_param.by_design import notes_of, why_left
 from pss_param.drift import measure_drift
 from pss_param.errors import ArgumentError, CheckpointError, NonFiniteError
 from pss_param.finite import count_nonfinite, refuse_nonfinite
@@ -108,6 +109,7 @@ class Outcome:
         masters: keys of the master copies that were repaired.
         optimizer: what was done to the optimizer's state.
         vectors: digests of the norms and biases that are back at their initial values.
+        notes: what the user should know besides, one sentence each.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -117,6 +119,7 @@ class Outcome:
     masters: tuple[str, ...] = ()
     optimizer: OptimizerReport = field(default_factory=OptimizerReport)
     vectors: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def operate(job: Job, put: Put) -> Outcome:
@@ -153,6 +156,7 @@ class _Pass:
         self.vectors: dict[str, str] = {}
         self.masters: list[str] = []
         self.bad: dict[str, int] = {}
+        self.left: dict[str, str] = {}
         self.done_storages: set[object] = set()
 
     def run(self) -> Outcome:
@@ -169,15 +173,24 @@ class _Pass:
         refuse_nonfinite(self.bad, job.where)
         skipped = {name: self.skipped[name] for name in job.source.tensors if name in self.skipped}
         return Outcome(
-            tuple(self.reports), skipped, self.restored, tuple(self.drift), tuple(self.masters), vectors=self.vectors
+            tuple(self.reports),
+            skipped,
+            self.restored,
+            tuple(self.drift),
+            tuple(self.masters),
+            vectors=self.vectors,
+            notes=tuple(notes_of(self.left)),
         )
 
     def _visit(self, name: str) -> None:
-        target = next((n for n in self.job.aliases(name) if n in self.job.plan.targets), None)
-        vector = next((n for n in self.job.aliases(name) if n in self.job.plan.vectors), None)
+        aliases = self.job.aliases(name)
+        target = next((n for n in aliases if n in self.job.plan.targets), None)
+        vector = next((n for n in aliases if n in self.job.plan.vectors), None)
         count = self.job.counts.get(name)
         if count is None:
             count = count_nonfinite(self.job.source.blocks(name))
+        if count and target is None and vector is None and self._leave(aliases, count):
+            return
         if count:
             if self.job.options.nonfinite == "reference":
                 self._restore(name, count)
@@ -187,6 +200,13 @@ class _Pass:
             self._smooth(target)
         elif vector is not None and not self.bad:
             self._start_again(vector, self.job.plan.vectors[vector])
+
+    def _leave(self, names: list[str], count: int) -> bool:
+        why = why_left(self.job.source, names, self.job.options.exclude, count)
+        if why:
+            self.left[names[0]] = why
+            self.skipped.update(dict.fromkeys(names, why))
+        return bool(why)
 
     def _start_again(self, name: str, value: float) -> None:
         old = self.job.source.read(name)

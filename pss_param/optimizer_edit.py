@@ -82,7 +82,7 @@ class OptimizerEditor:
         if len(getattr(self.layout, "sets", ())) > 1:
             raise CheckpointError(
                 f"{self.layout.path} holds several models, and whose parameters {state.label} numbers is not recorded; "
-                "use --optimizer reset-all, or repair each file of weights alone"
+                f"{_without_names(state)}"
             )
         order = self._order(state) if state.numbered or state.groups else None
         self.orders[number] = order
@@ -100,8 +100,8 @@ class OptimizerEditor:
             return order_from_config(self.layout.path, [len(group) for group in state.groups])
         raise CheckpointError(
             f"{self.layout.path}: {state.label} numbers its parameters and nothing here says which is which; pass "
-            "--param-order FILE, made once by pss_param.write_param_order(model, optimizer, FILE), or use "
-            "--optimizer reset-all"
+            "--param-order FILE, made once by pss_param.write_param_order(model, optimizer, FILE), or "
+            f"{_without_names(state)}"
         )
 
     def _stored_order(self, state: OptimizerState) -> ParamOrder:
@@ -183,7 +183,7 @@ class OptimizerEditor:
         if bad:
             names = ", ".join(f"{key} ({count})" for key, count in list(bad.items())[:SHOWN])
             more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-            way = "reset-all" if self.mode == "reset" else "reset (or reset-all)"
+            way = "reset-all" if self.mode == "reset" else "reset-all (or reset, where the parameters' names are known)"
             raise NonFiniteError(
                 f"{self.layout.path} holds NaN or infinity in {len(bad)} moment(s) of its optimizer: {names}{more}; "
                 f"pass --optimizer {way} to set moments back to their initial state"
@@ -258,3 +258,14 @@ class OptimizerEditor:
     def _label(self, state: OptimizerState, owner: Owner) -> str:
         owners = self._owners.get(self.states.index(state), {})
         return next((name for name, other in owners.items() if other == owner), str(owner))
+
+
+def _without_names(state: OptimizerState) -> str:
+    # No reset helps where there are master copies: each must be the repaired weight, so its name has to be known.
+    if not (masters := state.masters()):
+        return "use --optimizer reset-all, or repair a file that holds the weights alone"
+    first = next(iter(masters.values()))[0]
+    return (
+        "repair a file that holds the weights alone and start a new optimizer (no reset helps: "
+        f"{first} is the optimizer's own copy of a weight and would overwrite the repaired one)"
+    )

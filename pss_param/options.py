@@ -64,12 +64,12 @@ class RepairOptions:
         norm.
         targets: preset of weights: ``"linear"``, ``"attention"``, ``"qk"``, ``"mlp"`` or ``"all"``.
         include: patterns of names to take as well.
-        exclude: patterns of names to leave alone; wins over everything.
+        exclude: patterns of names to leave alone, NaN or infinity in them too; wins over everything.
         per_head: whether each attention head is a matrix of its own.
         reference: a healthy checkpoint of any format (path or state dict): for ``edge="reference"``,
             ``nonfinite="reference"`` and ``where="drifted"``; drift against it is reported in any case.
         nonfinite: what to do with tensors that hold NaN or infinity: ``"refuse"`` the checkpoint, or take them
-            from the ``"reference"``; those are not smoothed.
+            from the ``"reference"``; those are not smoothed. Masks are left as they are: :mod:`pss_param.by_design`.
         where: which targets to smooth: ``"all"``, or those that ``"drifted"`` from the reference.
         drifted_below: a tensor has drifted where the stable rank of one of its matrices is below this fraction
             of the reference's.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pss_param.checkpoint import StoredTensor
 from pss_param.errors import ArgumentError
@@ -49,10 +50,20 @@ class StateDictSource:
 
     Args:
         state_dict: tensors by name.
+
+    Raises:
+        ArgumentError: it is no dictionary, or a tensor in it has no values.
     """
 
     def __init__(self, state_dict: Mapping[str, Any]) -> None:
         r"""See the class."""
+        if not isinstance(state_dict, Mapping):
+            raise ArgumentError(
+                f"a state dict must be a dictionary of tensors by name, got {type(state_dict).__name__}; "
+                "pass model.state_dict()"
+            )
+        if odd := [name for name in state_dict if not isinstance(name, str)]:
+            raise ArgumentError(f"names in a state dict must be texts, got {odd[0]!r}; pass model.state_dict()")
         self._values = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
         self.tensors: Mapping[str, StoredTensor] = {n: _described(n, value) for n, value in self._values.items()}
         self.config: Mapping[str, Any] | None = None
@@ -81,6 +92,12 @@ class StateDictSource:
 
 
 def _described(name: str, value: Tensor) -> StoredTensor:
+    if value.is_meta or is_lazy(value):
+        why = "is lazy" if is_lazy(value) else "is on the device meta"
+        raise ArgumentError(f"{name} {why} and has no values; load the weights before the repair")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        return StoredTensor(name, None, kind, (), (), name)
     where = (value.data_ptr(), value.stride(), tuple(value.shape), value.dtype) if value.numel() else name
     kind = str(value.dtype).removeprefix("torch.")
     return StoredTensor(name, value.dtype, kind, tuple(value.shape), (), where)

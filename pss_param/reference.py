@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""A healthy checkpoint of the same model, from which tensors are taken or measured."""
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -25,6 +26,7 @@ class HealthySource:
 
     Raises:
         CheckpointError: the reference cannot be read.
+        ArgumentError: it is neither a path nor a state dict.
     """
 
     def __init__(self, reference: Reference | None) -> None:
@@ -43,6 +45,7 @@ class HealthySource:
         if isinstance(self.reference, Mapping):
             self._source = StateDictSource(self.reference)
         elif self.reference is not None:
+            _check_path(self.reference)
             self._source = self._stack.enter_context(open_checkpoint(self.reference))
         if self._source is not None:
             self._names = {plain_name(name): name for name in self._source.tensors}
@@ -85,3 +88,10 @@ class HealthySource:
     def present(self) -> bool:
         r"""Whether there is a reference."""
         return self._source is not None
+
+
+def _check_path(reference: object) -> None:
+    if not isinstance(reference, str | os.PathLike):
+        raise ArgumentError(
+            f"reference must be a path or a state dict, got {type(reference).__name__}; pass model.state_dict()"
+        )

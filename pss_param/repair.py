@@ -19,8 +19,10 @@ from pss_param.checkpoint.transfer import write_all
 from pss_param.operation import Job, Outcome, operate
 from pss_param.optimizer_edit import OptimizerEditor
 from pss_param.options import ProgressHook, RepairOptions
+from pss_param.other_sets import note_other_sets
 from pss_param.plan import StateDictSource, make_plan
 from pss_param.report import OptimizerReport, Report, report_path
+from pss_param.resume_rate import note_rate
 from pss_param.strength import settle
 from pss_param.surgery import digest
 
@@ -34,7 +36,7 @@ def repair_state_dict(
     r"""Smooth the weights of a state dict in memory.
 
     Args:
-        state_dict: values by name; never changed.
+        state_dict: values by name; never changed. What is no dense tensor is passed through.
         options: what to smooth and how; None for the defaults.
         progress: told of every tensor.
 
@@ -42,7 +44,8 @@ def repair_state_dict(
         A new dict with the same keys in the same order, sharing every value that did not change, and the
         report.
 
-    NaN or infinity anywhere raises :class:`NonFiniteError`, a choice without targets :class:`ArgumentError`.
+    NaN or infinity raises :class:`NonFiniteError`, but for masks and what is excluded (see
+    :mod:`pss_param.by_design`); a choice without targets raises :class:`ArgumentError`.
 
     Example:
         >>> import torch
@@ -95,8 +98,8 @@ def repair_checkpoint(
         The report.
 
     Errors are :class:`CheckpointError` (the checkpoint cannot be read, or the output not be written),
-    :class:`NonFiniteError` (a tensor holds NaN or infinity) and :class:`ArgumentError` (no tensor is a
-    target).
+    :class:`NonFiniteError` (a tensor holds NaN or infinity, and not by design: :mod:`pss_param.by_design`) and
+    :class:`ArgumentError` (no tensor is a target).
     """
     options, start = options or RepairOptions(), time.perf_counter()
     destination = default_output(path) if output is None else Path(output)
@@ -108,7 +111,9 @@ def repair_checkpoint(
         options, reason = replace(options, optimizer=optimizers.mode), "; ".join(filter(None, (reason, kept)))
         job = Job(layout, make_plan(layout, options.rules(), options.deep), options, str(path), progress, optimizers)
         where = None if dry_run else str(destination)
-        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason)
+        others = note_other_sets(layout, job.plan.targets, optimizers.states)
+        notes = (*layout.notes, *others, *note_rate(layout.content))
+        report = Report(str(path), where, layout.format, options.to_dict(), (), {}, 0.0, reason=reason, notes=notes)
         if dry_run:
             return _completed(report, _with_optimizer(job, optimizers, None), start)
         return _write(job, layout, optimizers, (destination, force), lambda found: _completed(report, found, start))
@@ -123,6 +128,7 @@ def _completed(report: Report, outcome: Outcome, start: float) -> Report:
         drift=outcome.drift,
         optimizer=outcome.optimizer,
         vectors=outcome.vectors,
+        notes=(*outcome.notes, *report.notes),
         seconds=time.perf_counter() - start,
     )
 

@@ -40,6 +40,7 @@ every value of an object whose keys are names of tensors. A pair is a list of tw
 - ``reason`` (text): the strength that ``strength="auto"`` chose, and why; empty where it was given.
 - ``vectors`` (object of texts): norms and biases that a deep repair put back to their initial values; each with its
   digest, as ``tensors[].digest``.
+- ``notes`` (list of texts): what the user should know besides, one sentence each.
 - ``drift`` (list of objects): how far each target had moved from the reference before the repair; empty without one.
 - ``drift[].name`` (text): its key.
 - ``drift[].role`` (text): as ``tensors[].role``.
@@ -235,6 +236,7 @@ class Report:
         optimizer: what was done to the optimizer's state.
         vectors: digests by name of the norms and biases that a deep repair put back to their initial values.
         reason: the strength that ``"auto"`` chose, and why; empty where it was given.
+        notes: what the user should know besides, one sentence each.
 
     Example:
         >>> report = Report(None, None, "state_dict", {"edge": "bulk"}, (), {"ids": "integers"}, 0.0)
@@ -254,6 +256,7 @@ class Report:
     optimizer: OptimizerReport = field(default_factory=OptimizerReport)
     vectors: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
+    notes: tuple[str, ...] = ()
     version: str = __version__
     schema: str = field(default=SCHEMA)
 
@@ -309,6 +312,7 @@ def _parsed(content: Mapping[str, Any]) -> dict[str, Any]:
         "tensors": tuple(_tensor(entry) for entry in content["tensors"]),
         "restored": {name: Restored(**_known(Restored, entry)) for name, entry in content["restored"].items()},
         "drift": tuple(_drift(entry) for entry in content["drift"]),
+        "notes": tuple(content.get("notes", ())),  # reports of earlier versions have none
         "optimizer": OptimizerReport(
             **{**optimizer, "reset": tuple(optimizer["reset"]), "masters": tuple(optimizer["masters"])}
         ),

@@ -4,7 +4,7 @@ r"""Which matrices of a checkpoint stand out, and whether that is damage."""
 # Note [What counts as damage]
 # A low stable rank alone is no illness: single matrices of healthy networks reach 1.5. Four findings count:
 #
-# 1. NaN or infinity anywhere in the floating-point tensors.
+# 1. NaN or infinity in the floating-point tensors, but for masks and what is excluded: Note [Infinities by design].
 # 2. *Collapse of the network*: the median stable rank over all scanned matrices with both sides of at least 32 is
 #    below 3. A single low one does not move a median.
 # 3. *Outlier of its role*: among at least four matrices of the same role and shape in other layers, one has at most
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from pss_param.by_design import notes_of, why_left
 from pss_param.checkpoint import Layout, open_checkpoint
 from pss_param.drift import measure_drift
 from pss_param.errors import NonFiniteError
@@ -91,13 +92,14 @@ class ScanReport:
         format: its format.
         rows: one per matrix, in the checkpoint's order.
         skipped: reasons by tensor name.
-        nonfinite: number of NaN and infinite elements by tensor name.
+        nonfinite: number of NaN and infinite elements by tensor name, where they are damage.
         median_stable_rank: over the matrices with both sides of at least 32, or None without any.
         findings: one sentence per kind of damage; empty for a sound checkpoint.
         drift: how far each target has moved from the reference; empty without one.
         growth: median spectral norm of the matrices inside the blocks over that of fresh ones, or of the reference's,
             dimensionless; None where a repair with the same options would not look at it.
         reason: the strength that such a repair would choose by it, and why, in the repair's words; empty likewise.
+        notes: what is no damage but should be known, one sentence each.
     """
 
     source: str
@@ -110,6 +112,7 @@ class ScanReport:
     drift: tuple[TensorDrift, ...] = ()
     growth: float | None = None
     reason: str = ""
+    notes: tuple[str, ...] = ()
     version: str = __version__
     schema: str = SCHEMA
 
@@ -156,13 +159,18 @@ def scan_checkpoint(
         rows: list[ScanRow] = []
         drift: list[TensorDrift] = []
         nonfinite: dict[str, int] = {}
+        left: dict[str, str] = {}
         floats = {name: stored for name, stored in layout.tensors.items() if stored.floating}
         total, done = sum(stored.nbytes for stored in floats.values()), 0
         for name, stored in floats.items():
             if progress is not None:
                 progress(Progress("scan", name, done, total))
             if count := count_nonfinite(layout.blocks(name)):
-                nonfinite[name] = count
+                why = "" if name in plan.targets else why_left(layout, [name], options.exclude, count)
+                if why:
+                    left[name] = why
+                else:
+                    nonfinite[name] = count
             elif name in plan.targets:
                 rows += _measured(layout, plan.targets[name], device)
                 if reference.present:
@@ -172,8 +180,9 @@ def scan_checkpoint(
         compared = compare_layers(rows)
         level = _median_rank(compared)
         findings = (*_findings(compared, nonfinite, level), *_falls(drift, options.drifted_below))
-        parts = (compared, plan.skipped, nonfinite, level, findings, tuple(drift))
-        return ScanReport(str(path), layout.format, *parts, *_outgrown(layout, options))
+        parts = (compared, {**plan.skipped, **left}, nonfinite, level, findings, tuple(drift))
+        growth = _outgrown(layout, options)
+        return ScanReport(str(path), layout.format, *parts, *growth, notes=(*layout.notes, *notes_of(left)))
 
 
 def _outgrown(layout: Layout, options: RepairOptions) -> tuple[float | None, str]:

@@ -75,7 +75,8 @@ _NEVER_BY_PRESET = {
     "lora": "a LoRA or adapter factor: smoothing one factor does not smooth the product",
 }
 _NOT_IN_BLOCKS = {"embedding": "an embedding", "head": "the output head"}
-_VAGUE_ROLES = frozenset({"other", "attention", "mlp", "embedding", "head"})
+VAGUE_ROLES = frozenset({"other", "attention", "mlp", "embedding", "head"})
+"""Roles that the place of a tensor tells, not its own name."""
 _QK_PARTS = {"qkv": ("q", "k"), "kv": ("k",)}
 _CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
@@ -209,7 +210,7 @@ class _Selector:
         if weight.kind == "conv" and not weight.groups and weight.info.shape[1] == 1:
             return ONE_CHANNEL
         leaf = weight.name.rsplit(".", 1)[-1]
-        named = weight.kind or leaf.endswith("weight") or role not in _VAGUE_ROLES
+        named = weight.kind or leaf.endswith("weight") or role not in VAGUE_ROLES
         return "" if named else "a bare parameter of unknown use; include it by name to take it as a matrix"
 
     def _left_out(self, weight: Weight) -> str:

@@ -37,6 +37,8 @@ class Verification:
         checked: how many tensors the report vouches for and that were read again.
         compared: how many bytes were compared with the source.
         problems: one sentence each; empty where all is as the report says.
+        origin: what the report says that the output was made from.
+        wrong_source: whether ``source`` is another path than ``origin``, and nothing but its bytes does not fit.
     """
 
     output: str
@@ -44,6 +46,8 @@ class Verification:
     checked: int
     compared: int
     problems: tuple[str, ...]
+    origin: str | None = None
+    wrong_source: bool = False
     version: str = __version__
     schema: str = SCHEMA
 
@@ -77,18 +81,30 @@ def verify_checkpoint(
     Returns:
         The outcome; what does not fit is in its ``problems``. A report or a checkpoint that cannot be read
         raises :class:`CheckpointError`.
+
+    Raises:
+        CheckpointError: there is no output.
     """
     where = Path(os.path.abspath(output))
+    if not where.exists():
+        raise CheckpointError(f"{output} does not exist")
     report = read_report(report_path(where))
     with open_checkpoint(where) as layout:
         digests = reported_digests(report)
         problems = [*_check_digests(layout, digests, progress), *_check_measures(layout, report)]
         compared = 0
+        found: list[str] = []
         if source is not None:
             with open_checkpoint(source) as before:
                 compared, found = _check_source(before, layout, list(digests), progress)
-                problems += found
-    return Verification(str(output), None if source is None else str(source), len(digests), compared, tuple(problems))
+        stranger = bool(found) and not problems and not _same_path(source, report.source)
+        named = None if source is None else str(source)
+        everything = (*problems, *found)
+    return Verification(str(output), named, len(digests), compared, everything, report.source, stranger)
+
+
+def _same_path(one: str | os.PathLike[str] | None, other: str | None) -> bool:
+    return one is None or other is None or os.path.realpath(one) == os.path.realpath(other)
 
 
 def read_report(path: Path) -> Report:
@@ -174,6 +190,8 @@ def _check_tensor(layout: Layout, target: Any, tensor: TensorReport) -> Iterator
 def _check_source(
     before: Layout, after: Layout, written: list[str], progress: ProgressHook | None
 ) -> tuple[int, list[str]]:
+    if before.path.is_dir() != after.path.is_dir():
+        return 0, ["one of output and source is a folder and the other a file"]
     if set(before.files) != set(after.files) and before.path.is_dir():
         odd = sorted(set(before.files) ^ set(after.files))
         return 0, [f"{len(odd)} file(s) are in only one of output and source, first {odd[0]}"]

@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from pss_param.errors import CheckpointError
+from pss_param.errors import CheckpointError, NonFiniteError
 from pss_param.options import RepairOptions
+from pss_param.param_order import write_param_order
 from pss_param.repair import repair_checkpoint
 from pss_param.verification import verify_checkpoint
 
@@ -130,3 +131,29 @@ def test_moments_whose_beginning_nobody_knows_are_kept_and_that_is_told(tmp_path
     assert zeroed(report, net) == set()
     with pytest.raises(CheckpointError, match="preconditioner"):
         repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(optimizer="reset-all"), force=True)
+
+
+def test_the_way_out_beside_master_copies_is_one_that_works(tmp_path):
+    net, optimizer = grown()
+    for weight, entry in optimizer.state.items():
+        entry["master_param"] = weight.detach().clone()
+    path = tmp_path / "x.pt"
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    for mode in ("auto", "keep", "reset", "reset-all"):
+        with pytest.raises(CheckpointError, match="no reset helps") as caught:
+            repair_checkpoint(path, options=RepairOptions(optimizer=mode))
+        assert "reset-all" not in str(caught.value)
+    write_param_order(net, optimizer, tmp_path / "order.json")
+    report = repair_checkpoint(path, options=RepairOptions(param_order=tmp_path / "order.json"))
+    assert len(report.optimizer.masters) == len(report.changed) + len(report.vectors)
+    torch.save(torch.load(path, weights_only=True)["model"], tmp_path / "alone.pt")
+    assert repair_checkpoint(tmp_path / "alone.pt").changed == report.changed
+
+
+def test_bad_moments_that_would_be_kept_are_refused_with_the_way_that_needs_no_names(tmp_path):
+    net, optimizer = trained(groups=2)
+    next(iter(optimizer.state.values()))["exp_avg"][0] = float("inf")
+    lightning_file(net, optimizer, tmp_path / "x.ckpt")
+    with pytest.raises(NonFiniteError, match=r"pass --optimizer reset-all \("):
+        repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="keep"))
+    assert repair_checkpoint(tmp_path / "x.ckpt", options=RepairOptions(**OPTIONS, optimizer="reset-all")).changed

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from pss_param.cli.main import run
 from safetensors.torch import load_file, save_file
 
 from pss_param.compare import compare_checkpoints
@@ -116,3 +117,30 @@ def test_verify_finds_every_kind_of_change(pair, tmp_path):
     sidecar.unlink()
     with pytest.raises(CheckpointError, match="is not there"):
         verify_checkpoint(tmp_path / "out")
+
+
+def test_verify_without_an_output_and_with_another_source_says_so(pair, tmp_path, capsys):
+    good, bad = pair
+    report = repair_checkpoint(good, tmp_path / "out", RepairOptions(strength="deep"))
+    (tmp_path / "moved.pt").write_bytes(good.read_bytes())
+    assert not verify_checkpoint(tmp_path / "out", tmp_path / "moved.pt").problems
+    (tmp_path / "folder").mkdir()
+    save_file(healthy(), tmp_path / "folder" / "model.safetensors")
+    for wrong in (bad, tmp_path / "folder"):
+        outcome = verify_checkpoint(tmp_path / "out", wrong)
+        assert (outcome.wrong_source, outcome.origin) == (True, str(good))
+        assert run(["verify", str(tmp_path / "out"), "--source", str(wrong)]) == 1
+        assert f"{wrong} is not the source of {tmp_path / 'out'}, its report names {good}" in capsys.readouterr().err
+    assert run(["verify", str(tmp_path / "nothere")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothere'} does not exist\n"
+    # An output that is damaged itself is that first, whatever it is compared with.
+    weights = torch.load(tmp_path / "out", weights_only=True)
+    weights["model"][report.changed[0]][0] = 0
+    torch.save(weights, tmp_path / "out")
+    assert not verify_checkpoint(tmp_path / "out", bad).wrong_source
+
+
+def test_the_refusal_of_nan_names_the_ways_out(pair):
+    _, bad = pair
+    with pytest.raises(NonFiniteError, match="--nonfinite reference --reference GOOD, or --exclude"):
+        repair_checkpoint(bad)

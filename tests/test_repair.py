@@ -112,7 +112,7 @@ def test_the_report_schema_is_frozen(checkpoint, tmp_path):
     content = json.loads(repair_checkpoint(checkpoint, options=options, dry_run=True).to_json())
     assert list(content) == [
         "schema", "version", "source", "output", "format", "options", "tensors", "skipped", "seconds", "restored",
-        "drift", "optimizer", "vectors", "reason",
+        "drift", "optimizer", "vectors", "reason", "notes",
     ]  # fmt: skip
     assert content["schema"] == "pss-param/repair-report/1"
     assert list(content["tensors"][0]) == [

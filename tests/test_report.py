@@ -51,6 +51,7 @@ FROZEN = {
     "restored{}.digest": "text",
     "vectors": "object of texts",
     "reason": "text",
+    "notes": "list of texts",
     "drift": "list of objects",
     "drift[].name": "text",
     "drift[].role": "text",

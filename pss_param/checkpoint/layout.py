@@ -44,6 +44,7 @@ class Layout(ABC):
             ``("optimizer.pt", "state", 3, "exp_avg")``.
         content: pickled objects around them, never unpickled, or None; in a folder by name of the file.
         config: the model's ``config.json``, if there is one.
+        notes: what the user should know about how it was read, one sentence each.
     """
 
     format: str
@@ -59,6 +60,7 @@ class Layout(ABC):
         self.files = dict(files)
         self.folders: tuple[str, ...] = ()
         self.config: Mapping[str, Any] | None = None
+        self.notes: tuple[str, ...] = ()
         self.tensors: Mapping[str, StoredTensor] = {}
         self.state: Mapping[str, StoredTensor] = {}
         self.paths: Mapping[str, tuple[str | int, ...]] = {}

@@ -47,7 +47,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Layout:
         raise CheckpointError(f"{where} is no regular file; copy the checkpoint to a disk first")
     refuse_pickle(where)
     layout: Layout = TorchZipLayout(where) if is_torch_zip(where) else SafetensorsLayout(where)
-    layout.config = read_config(where.parent)
+    try:
+        layout.config = read_config(where.parent)
+    except CheckpointError as error:  # a single file may lie beside a config.json of something else
+        layout.notes = (f"{where.name} is read without a config: {error}",)
     return layout
 
 

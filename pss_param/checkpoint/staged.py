@@ -19,6 +19,7 @@ from .write import (
     MARK,
     REPORT_SUFFIX,
     check_parent,
+    creating_in,
     lock,
     no_space,
     remove_leftovers,
@@ -65,7 +66,8 @@ class StagedFolder:
         remove_leftovers(self.destination)
         with ExitStack() as undo:
             undo.callback(self._discard)  # an interrupt may come as soon as the folder is there
-            os.mkdir(self.temporary, 0o700)
+            with creating_in(self.destination.parent):
+                os.mkdir(self.temporary, 0o700)
             self._held = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             lock(self._held)
             for folder in self.folders:

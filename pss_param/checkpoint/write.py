@@ -71,10 +71,11 @@ class StagedFile:
         check_parent(self.destination)
         remove_leftovers(self.destination)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        # A private checkpoint must not be readable by others while it is being built.
         entered = False
         try:
-            self.fd = os.open(self.temporary, flags, 0o666 if self.mode is None else 0o600)
+            with creating_in(self.destination.parent):
+                # A private checkpoint must not be readable by others while it is being built.
+                self.fd = os.open(self.temporary, flags, 0o666 if self.mode is None else 0o600)
             lock(self.fd)
             entered = True
         finally:
@@ -226,6 +227,31 @@ def check_parent(destination: Path) -> None:
     """
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent} is not a folder; create it first")
+
+
+@contextmanager
+def creating_in(folder: Path) -> Generator[None, None, None]:
+    r"""Turn the system's refusal of a temporary, whose name tells nobody anything, into a sentence about its folder.
+
+    Args:
+        folder: where it is to be made.
+
+    Yields:
+        None: nothing.
+
+    Raises:
+        CheckpointError: the folder may not be written to.
+        OSError: the file system refuses for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise CheckpointError(
+            f"nothing can be created in {folder} ({error.strerror}); get the right to write there or write elsewhere "
+            "with -o"
+        ) from None
 
 
 @contextmanager

@@ -274,3 +274,18 @@ def test_a_staged_folder_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fail()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"text"', "{", "\udcff", "[" * 100_000, " " * (5 << 20)])
+def test_what_lies_beside_a_single_file_and_is_no_json_object_is_no_config(tmp_path, text):
+    folder = tmp_path / "run"
+    write_shards(folder, layers=1)
+    path = folder / "model-00001-of-00001.safetensors"
+    plain = repair_checkpoint(path)
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    report = repair_checkpoint(path, force=True)
+    assert (report.tensors, report.skipped) == (plain.tensors, plain.skipped)
+    assert "read without a config" in report.notes[0]
+    assert report.notes == scan_checkpoint(path).notes
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        repair_checkpoint(folder)

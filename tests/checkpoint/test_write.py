@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from pss_param.checkpoint import StagedFile, transfer, write, write_file
+from pss_param.checkpoint.staged import StagedFolder
 from pss_param.errors import CheckpointError
 
 
@@ -121,3 +122,19 @@ def test_a_full_disk_is_known_before_any_work(tmp_path):
     with pytest.raises(CheckpointError, match="free space"), StagedFile(tmp_path / "out") as staged:
         staged.reserve(1 << 60)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])
+def test_a_folder_that_takes_nothing_is_named_and_not_the_temporary(tmp_path, monkeypatch, code):
+    def refuse(path, *args):
+        raise OSError(code, os.strerror(code), os.fspath(path))
+
+    plain = code == errno.EIO
+    staged = StagedFile(tmp_path / "out"), StagedFolder(tmp_path / "folder", {}, {})
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    for one in staged:
+        with pytest.raises(OSError if plain else CheckpointError, match=os.strerror(code)) as caught, one:
+            pass
+        assert plain or write.MARK not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
