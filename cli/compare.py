@@ -21,7 +21,8 @@ from .drift import show_drift
 def compare(first: str, second: str, as_json: bool, **choices: Any) -> None:
     """Show stable rank, spectral norm and distance of every target in FIRST (the reference) and SECOND.
 
-    The checkpoints may have different formats. Lines whose stable rank fell to less than half are marked.
+    The checkpoints may have different formats, and one of them a prefix before all names. Lines whose stable
+    rank fell to less than half are marked.
     """
     with progress_bar("reading") as progress:
         report = compare_checkpoints(first, second, RepairOptions(**choices), progress=progress)

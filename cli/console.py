@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from pss_param.options import Progress as Step
@@ -80,31 +79,3 @@ def progress_bar(title: str) -> Generator[ProgressHook, None, None]:
             bars.update(task, description=f"{step.stage} {name}", completed=step.done, total=step.total)
 
         yield show
-
-
-def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    r"""An empty table in the style of all commands.
-
-    Args:
-        columns: headings.
-        numbers: headings of columns that are aligned to the right.
-
-    Returns:
-        The table; fill it with :func:`add`.
-    """
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        right = name in numbers
-        result.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
-    return result
-
-
-def add(into: Table, *cells: object, style: str = "") -> None:
-    r"""Add a row of plain texts.
-
-    Args:
-        into: the table.
-        cells: shown by ``str``; never taken for markup.
-        style: of the whole row.
-    """
-    into.add_row(*(Text(str(cell)) for cell in cells), style=style)

@@ -13,11 +13,12 @@ from rich.text import Text as Styled
 
 from pss_param.errors import ArgumentError
 
-from .console import add, say, stderr, stdout, table
+from .console import say, stderr, stdout
 from .demo_plot import Curve, draw
 from .demo_run import Act, Advance, Recipe, play
 from .demo_text import load_text
 from .demo_verdict import failures
+from .tables import Listing
 
 _NAMES = {
     "healthy": "trained",
@@ -103,12 +104,12 @@ def _show(recipe: Recipe, acts: Mapping[str, Act], unigram: float) -> None:
     console.print(Styled(f". unigram loss {unigram:.2f}: letter frequencies only"))
     console.print()
     numbers = ("loss", "stable rank", "s")
-    rows = table("run", *numbers, numbers=numbers)
+    rows = Listing(("run", *numbers), numbers)
     for act, name in _NAMES.items():
         outcome = acts[act]
         style = "bold" if act == "rescued" else ""
         values = (f"{outcome.loss:.2f}", f"{outcome.stable_rank:.1f}", f"{outcome.seconds:.1f}")
-        add(rows, name, *values, style=style)
+        rows.add(name, *values, style=style)
     console.print(rows)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from pss_param.report import TensorDrift
 
-from .console import add, stdout, table
+from .console import stdout
+from .tables import Listing
 
 
 def show_drift(rows: Sequence[TensorDrift], fallen: float = 0.5) -> None:
@@ -16,7 +17,7 @@ def show_drift(rows: Sequence[TensorDrift], fallen: float = 0.5) -> None:
         fallen: fraction of the reference's stable rank below which a line is marked.
     """
     numbers = ("stable rank", "x", "spectral norm", "distance")
-    lines = table("tensor", "role", "shape", *numbers, numbers=numbers)
+    lines = Listing(("tensor", "role", "shape", *numbers), numbers, spare=("shape", "role"))
     for row in rows:
         worst = row.worst
         several = f" (worst of {len(row.matrices)}: {worst.part})" if len(row.matrices) > 1 else ""
@@ -29,5 +30,5 @@ def show_drift(rows: Sequence[TensorDrift], fallen: float = 0.5) -> None:
             "{:.3g} > {:.3g}".format(*worst.spectral_norm),
             f"{row.distance:.2%}",
         )
-        add(lines, *cells, style="bold red" if worst.ratio < fallen else "")
+        lines.add(*cells, style="bold red" if worst.ratio < fallen else "")
     stdout().print(lines)

@@ -34,7 +34,10 @@ _SELECTION = (
         "--targets", type=click.Choice(sorted(PRESETS)), default="linear", show_default=True,
         help="Which weights: linear is every matrix inside the blocks.",
     ),
-    click.option("--include", multiple=True, metavar="PATTERN", help="Take matching names too; repeatable."),
+    click.option(
+        "--include", multiple=True, metavar="PATTERN",
+        help="Take matching names too, 3-D ones as batches of matrices; repeatable.",
+    ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these alone; repeatable."),
     click.option("--per-head", is_flag=True, help="Treat each attention head as a matrix of its own."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),

@@ -11,8 +11,9 @@ from pss_param.repair import repair_checkpoint
 from pss_param.report import Report, TensorReport, report_path
 
 from . import options
-from .console import add, progress_bar, say, stdout, table
+from .console import progress_bar, say, stdout
 from .drift import show_drift
+from .tables import Listing
 
 
 @click.command(hidden=True)
@@ -39,9 +40,9 @@ def repair(ckpt: str, output: str | None, force: bool, dry_run: bool, as_json: b
 
 def _show(report: Report) -> None:
     numbers = ("stable rank", "spectral norm", "k", "change")
-    rows = table("tensor", "role", "shape", *numbers, "note", numbers=numbers)
+    rows = Listing(("tensor", "role", "shape", *numbers, "note"), numbers, spare=("shape", "role"), aside="note")
     for tensor in report.tensors:
-        add(rows, *_cells(tensor), style="" if tensor.changed else "dim")
+        rows.add(*_cells(tensor), style="" if tensor.changed else "dim")
     stdout().print(rows)
     if report.drift:
         stdout().print()

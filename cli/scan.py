@@ -9,8 +9,9 @@ from pss_param.options import RepairOptions
 from pss_param.scan import ScanReport, ScanRow, scan_checkpoint
 
 from . import options
-from .console import add, progress_bar, say, stdout, table
+from .console import progress_bar, say, stdout
 from .drift import show_drift
+from .tables import Listing
 
 DAMAGE_FOUND = 3
 
@@ -42,19 +43,21 @@ def scan(ckpt: str, skipped: bool, as_json: bool, **choices: Any) -> None:
 
 
 def _show(report: ScanReport, skipped: bool) -> None:
-    rows = table("tensor", "role", "shape", "SR", "S[0]", "stands out", numbers=("SR", "S[0]"))
+    numbers = ("SR", "S[0]")
+    columns = ("tensor", "role", "shape", *numbers, "stands out")
+    rows = Listing(columns, numbers, spare=("shape", "role"), aside="stands out")
     for row in report.rows:
-        add(rows, *_cells(row), style="bold red" if row.damaged else "")
+        rows.add(*_cells(row), style="bold red" if row.damaged else "")
     for name, count in report.nonfinite.items():
-        add(rows, name, "", "", "", "", f"{count} values are NaN or infinite", style="bold red")
+        rows.add(name, "", "", "", "", f"{count} values are NaN or infinite", style="bold red")
     stdout().print(rows)
     if report.drift:
         stdout().print()
         show_drift(report.drift)
     if skipped and report.skipped:
-        others = table("not scanned", "reason")
+        others = Listing(("not scanned", "reason"), aside="reason")
         for name, reason in report.skipped.items():
-            add(others, name, reason)
+            others.add(name, reason)
         stdout().print()
         stdout().print(others)
 

@@ -37,6 +37,11 @@ def attach(
 
     The model stays what it is: parameters keep identity, order, names and bits, and its checkpoints are plain.
 
+    Parametrize first and attach last: ``torch.nn.utils.parametrizations.weight_norm`` or ``orthogonal`` over a guarded
+    weight raise a ``TypeError`` of torch, because they store something else than the weight. What they hold before is
+    left alone. ``torch.save(model)`` of a whole parametrized model is refused by torch: save the ``state_dict``, or
+    :meth:`Guard.detach` first.
+
     Args:
         model: The model, before or after its optimizer was made, before or after ``DistributedDataParallel``,
             ``fully_shard`` or ``parallelize_module``.

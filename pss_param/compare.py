@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pss_param.checkpoint import Layout, open_checkpoint
+from pss_param.counterparts import pair_names
 from pss_param.drift import measure_drift
+from pss_param.errors import ArgumentError
 from pss_param.finite import count_nonfinite
 from pss_param.options import Progress, ProgressHook, RepairOptions, pick_device
 from pss_param.plan import Plan, make_plan
 from pss_param.report import TensorDrift
-from pss_param.roles import plain_name
 from pss_param.surgery import relative_change
 from pss_param.version import __version__
 
@@ -77,7 +78,8 @@ def compare_checkpoints(
         progress: told of every tensor.
 
     Returns:
-        The report. A checkpoint that cannot be read raises :class:`CheckpointError`.
+        The report. A checkpoint that cannot be read raises :class:`CheckpointError`, two without a common tensor
+        :class:`ArgumentError`.
 
     Example:
         >>> import tempfile, torch, safetensors.torch
@@ -127,13 +129,10 @@ class _Comparison:
         )
 
     def _pairs(self) -> dict[str, str]:
-        plain = {plain_name(name): name for name in self.good.tensors}
-        pairs = {}
-        for name in self.other.tensors:
-            counterpart = name if name in self.good.tensors else plain.get(plain_name(name))
-            if counterpart is not None:
-                pairs[name] = counterpart
-        return pairs
+        try:
+            return pair_names(self.other.tensors, self.good.tensors)
+        except ArgumentError as error:
+            raise ArgumentError(f"{self.other.path} and {self.good.path} {error}") from None
 
     def _compare(self, name: str, counterpart: str) -> None:
         there, here = self.good.tensors[counterpart], self.other.tensors[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Whether compiled programs read the weights of a guard.
+r"""Whether compiled programs read the weights of a guard, and what of a guard must not become part of one.
 
 # Note [How a compiled read is noticed]
 A compiled training function leaves no trace in the model that it calls. But it is traced, and while it is traced every
@@ -12,10 +12,15 @@ equal layers, and the models of a sweep, go on sharing one graph. Of two models 
 compiled and one not, both count as compiled.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import nn
 
-__all__ = ["is_compiled", "listen", "note_traced", "tag_of", "was_traced"]
+__all__ = ["eagerly", "is_compiled", "listen", "note_traced", "tag_of", "was_traced"]
+
+_F = TypeVar("_F", bound=Callable[..., object])
 
 _traced: set[str] = set()
 
@@ -89,3 +94,23 @@ def listen() -> None:
     Not done at import, because it loads the compiler; whoever trains has it loaded by the optimizer.
     """
     torch.compiler.assume_constant_result(note_traced)  # type: ignore[no-untyped-call]
+
+
+def eagerly(hook: _F) -> _F:
+    r"""Keep a hook out of compiled programs: they stop where it is called, and go on after it.
+
+    Traced, a hook that counts or compares Python numbers would be compiled anew whenever one of them changes. This too
+    loads the compiler.
+
+    Args:
+        hook: The hook.
+
+    Returns:
+        The same for the caller.
+
+    Example:
+        >>> eagerly(len)([1, 2])
+        2
+    """
+    kept: _F = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return kept

@@ -24,8 +24,12 @@ before that and see the whole update.
 # Note [Hooks on all optimizers]
 Torch offers hooks for every optimizer, so a loop need not name its own. There is one pair for all guards, from the
 first damped weight on until nobody damps any more; a guard that is dropped leaves them idle, because a garbage
-collection must not unhook in the middle of a step. An optimizer may step inside another one's (wrappers do): the inner
-one's copies replace the outer one's, so that nothing is damped twice.
+collection must not unhook in the middle of a step. An optimizer may step inside another one's (wrappers do): the
+inner one's copies replace the outer one's, so that nothing is damped twice.
+
+# Note [A compiled optimizer]
+The hooks are no part of its graph: traced, they would be compiled anew at every step, since the factors are Python
+numbers that change at every step. So its step runs eagerly while something is damped, and as it was compiled otherwise.
 """
 
 import copy
@@ -40,6 +44,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from pss_param.compiled import eagerly
 from pss_param.sharded import is_sharded
 
 __all__ = ["Damping"]
@@ -212,7 +217,7 @@ class Damping:
 
 
 class _Hooks:
-    """The one pair of hooks; see Note [Hooks on all optimizers]."""
+    """The one pair of hooks; see Note [Hooks on all optimizers] and Note [A compiled optimizer]."""
 
     def __init__(self) -> None:
         self._damping: weakref.WeakSet[Damping] = weakref.WeakSet()
@@ -221,8 +226,8 @@ class _Hooks:
     def add(self, damping: Damping) -> None:
         self._damping.add(damping)
         if not self._handles:
-            before = register_optimizer_step_pre_hook(self._before)
-            self._handles = (before, register_optimizer_step_post_hook(self._after))
+            before = register_optimizer_step_pre_hook(eagerly(self._before))
+            self._handles = (before, register_optimizer_step_post_hook(eagerly(self._after)))
 
     def discard(self, damping: Damping) -> None:
         self._damping.discard(damping)

@@ -18,8 +18,8 @@ class Event:
         ratio: The norm over its running average, dimensionless; NaN when no detector keeps one.
         reason: Why it triggered, was held back or was skipped; empty on a quiet step.
         smoothed: Names of the weights whose gates were opened.
-        skip: Whether this step's gradients were dropped (set to None), so that ``optimizer.step()`` changes
-            nothing.
+        skip: Whether this step's gradients were dropped (set to None), so that ``optimizer.step()`` changes nothing of
+            the guarded module, nor of anything else that it moves if ``step`` was given the optimizer.
         held: Whether this is no new trigger: weights above their levels, in the steps after one, are held there.
 
     Example:

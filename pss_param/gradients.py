@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Gradients of a model as a guard needs them: their norm, scaling them, dropping them."""
+r"""Gradients of a model as a guard needs them: their norm, scaling them, dropping them.
+
+# Note [Whose gradients]
+A guard may hold a part of what an optimizer moves: a model without its head, one of two networks. It measures and
+clips the gradients of its own part, but a step that is not to happen must not happen to the others either. So where the
+optimizer is known, the gradients of all its parameters are dropped or cleared.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +26,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
         model: The model whose parameters hold gradients.
 
     Returns:
-        A scalar on the gradients' device.
+        A scalar on the gradients' device. Sparse gradients count as the dense ones that they stand for.
 
     Raises:
         StateError: If no parameter has a gradient.
@@ -29,7 +37,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
         >>> float(gradient_norm(layer))
         5.0
     """
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grads = [_dense(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     if not grads:
         raise StateError(
             "no parameter has a gradient; call guard.step() after backward() and before zero_grad(), "
@@ -47,6 +55,11 @@ def _mesh_of(grad: Tensor) -> object:
     return grad.device_mesh if is_sharded(grad) else None
 
 
+def _dense(grad: Tensor) -> Tensor:
+    # Of nn.Embedding(sparse=True): an index may come several times, and only the sum of its values is a gradient.
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
 @torch.no_grad()
 def scale_gradients(model: nn.Module, factor: float) -> None:
     r"""Multiply all gradients in place.
@@ -61,12 +74,13 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
 
 
 @torch.no_grad()
-def clear_nonfinite(model: nn.Module, norm: float | Tensor) -> None:
+def clear_nonfinite(model: nn.Module, norm: float | Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
     r"""Set all gradients to zero if their norm is not finite, decided on the device; the host learns nothing.
 
     Args:
         model: The model whose parameters hold gradients.
         norm: Their global norm.
+        optimizer: Whose other gradients are cleared too: Note [Whose gradients].
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -76,23 +90,45 @@ def clear_nonfinite(model: nn.Module, norm: float | Tensor) -> None:
         [[0.0, 0.0]]
     """
     bad = torch.isfinite(torch.as_tensor(norm)).logical_not()
-    for parameter in model.parameters():
+    for parameter in _moved(model, optimizer):
         if parameter.grad is not None:
-            local = parameter.grad.to_local() if is_sharded(parameter.grad) else parameter.grad
+            local = _stored(parameter.grad)
             local.masked_fill_(bad.to(local.device, non_blocking=True), 0)
 
 
-def drop_gradients(model: nn.Module) -> None:
+def _stored(grad: Tensor) -> Tensor:
+    if grad.is_sparse:
+        return grad._values()
+    return grad.to_local() if is_sharded(grad) else grad
+
+
+def drop_gradients(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     r"""Set all gradients to None, so that an optimizer's step changes neither weights nor moments.
 
     Args:
         model: The model whose parameters hold gradients.
+        optimizer: Whose other gradients are dropped too: Note [Whose gradients].
+
+    Example:
+        >>> body, head = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> head(body(torch.ones(1))).backward()
+        >>> drop_gradients(body, torch.optim.SGD([*body.parameters(), *head.parameters()], lr=1.0))
+        >>> head.weight.grad is None
+        True
     """
-    for parameter in model.parameters():
+    for parameter in _moved(model, optimizer):
         parameter.grad = None
 
 
-def treat_gradient(model: nn.Module, policy: GuardPolicy, norm: float, limit: float) -> bool:
+def _moved(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+    yield from model.parameters()
+    for group in optimizer.param_groups if optimizer is not None else ():
+        yield from group["params"]
+
+
+def treat_gradient(
+    model: nn.Module, policy: GuardPolicy, norm: float, limit: float, optimizer: torch.optim.Optimizer | None = None
+) -> bool:
     r"""Do to a gradient that has triggered what the policy says.
 
     Args:
@@ -100,12 +136,13 @@ def treat_gradient(model: nn.Module, policy: GuardPolicy, norm: float, limit: fl
         policy: Says what.
         norm: Its global norm as it was judged.
         limit: The norm that would just have triggered.
+        optimizer: Whose other gradients are dropped with it: Note [Whose gradients].
 
     Returns:
         Whether the gradient was dropped.
     """
     if policy.on_trigger == "smooth_and_skip":
-        drop_gradients(model)
+        drop_gradients(model, optimizer)
         return True
     if policy.on_trigger == "smooth_and_clip" and norm > limit:
         # What was judged may be from before a clipping of the user's own: clip what is there now.

@@ -125,11 +125,14 @@ class Guard:
         Args:
             grad_norm: Global norm of the unscaled gradient *before* clipping, such as ``clip_grad_norm_`` returns
                 it; None computes it from the gradients. Pass it if you have it, it saves a pass over them.
-            optimizer: The optimizer, needed for ``GuardPolicy(reset_moments=True)``, and to damp the first trigger's
-                update if this is called inside the optimizer's step, from a closure.
+            optimizer: The optimizer, needed for ``GuardPolicy(reset_moments=True)``, to damp the first trigger's
+                update if this is called inside the optimizer's step, from a closure, and to skip its step as a whole
+                where the guard holds only a part of what it moves.
 
         Returns:
-            What was seen and done. On ``event.skip`` the gradients are gone and ``optimizer.step()`` is harmless.
+            What was seen and done. On ``event.skip`` the gradients of the guarded module are gone, and with
+            ``optimizer`` those of all its parameters, so that ``optimizer.step()`` is harmless. If it moves other
+            parameters and was not given, leave its step out yourself.
 
         Raises:
             StateError: If the guard is detached, previewing or watching an optimizer, a backward pass or an LBFGS
@@ -150,19 +153,19 @@ class Guard:
         self.steps += 1
         looks = self.detector.look(self._matrices)
         if self.policy.deferred:
-            reading = self._exchanged(Reading(norm, looks))
+            reading = self._exchanged(Reading(norm, looks), optimizer)
             if reading is None:
                 return self._tell(Event(self.steps, False, math.nan, reason="decisions come one step later"))
             value, seen = reading.read()
         else:
             value, seen = read_now(norm, looks)
         if not math.isfinite(value):
-            return self._tell(self._skip_nonfinite(value))
+            return self._tell(self._skip_nonfinite(value, optimizer))
         self.nonfinite = 0
         verdict = self.detector.judge(value, seen)
         if not verdict.triggered and not verdict.held and not self.resting:
             return Event(self.steps, False, value, verdict.ratio)
-        event = self._act(value, verdict)
+        event = self._act(value, verdict, optimizer)
         spike = event.triggered and not event.held and verdict.names is None and verdict.pace is not None
         self._damping.strike(self._factors(verdict, event.smoothed), optimizer, _SPIKE if spike else 1.0)
         return self._tell(event)
@@ -409,16 +412,16 @@ class Guard:
             # Inside a long autocast block the casts of the old values are still cached.
             torch.clear_autocast_cache()
 
-    def _exchanged(self, reading: Reading) -> Reading | None:
+    def _exchanged(self, reading: Reading, optimizer: torch.optim.Optimizer | None) -> Reading | None:
         """Send this step's reading on its way; the one of the step before is to be judged now."""
-        clear_nonfinite(self.model, reading.norm)
+        clear_nonfinite(self.model, reading.norm, optimizer)
         before, self._deferred = self._deferred, reading.send()
         return before
 
-    def _skip_nonfinite(self, norm: float) -> Event:
+    def _skip_nonfinite(self, norm: float, optimizer: torch.optim.Optimizer | None) -> Event:
         self.nonfinite += 1
         if not self.policy.deferred:
-            drop_gradients(self.model)
+            drop_gradients(self.model, optimizer)
         self.policy.refuse_more_nonfinite(self.nonfinite)
         reason = f"gradient norm is {norm}, {self.nonfinite} in a row (error at {self.policy.max_nonfinite})"
         if self.policy.deferred:
@@ -426,7 +429,7 @@ class Guard:
             _log.warning("step %d: %s", self.steps, reason)
         return Event(self.steps, False, norm, reason=reason, skip=not self.policy.deferred)
 
-    def _act(self, norm: float, verdict: Verdict) -> Event:
+    def _act(self, norm: float, verdict: Verdict, optimizer: torch.optim.Optimizer | None) -> Event:
         resting, self.resting = self.resting, max(0, self.resting - 1)
         fires = verdict.triggered and not resting
         reason = f"held back, cooldown: {verdict.reason}" if verdict.triggered and resting else verdict.reason
@@ -435,13 +438,14 @@ class Guard:
         if not names:
             return Event(self.steps, False, norm, verdict.ratio, reason)
         names = self._open([self.views[name] for name in names])
-        dropped = self._count_trigger(norm, verdict, struck) if fires else False
+        if fires:
+            self._count_trigger(struck)
+        dropped = fires and treat_gradient(self.model, self.policy, norm, verdict.limit, optimizer)
         return Event(self.steps, True, norm, verdict.ratio, reason, names, dropped, not fires)
 
-    def _count_trigger(self, norm: float, verdict: Verdict, names: Sequence[str]) -> bool:
+    def _count_trigger(self, names: Sequence[str]) -> None:
         self.triggers, self.resting = self.triggers + 1, self.policy.cooldown
         self._struck.update(names)
-        return treat_gradient(self.model, self.policy, norm, verdict.limit)
 
     def _origins(self) -> dict[str, Origin] | None:
         smoothings = {name: view.smoothing for name, view in self.views.items()}

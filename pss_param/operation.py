@@ -141,7 +141,7 @@ def operate(job: Job, put: Put) -> Outcome:
             f"no tensor of {job.where} is a target under targets={job.options.targets!r}; "
             "see the reasons with `pss-repair scan --skipped`, then use --targets all or --include"
         )
-    with HealthySource(job.options.reference) as reference:
+    with HealthySource(job.options.reference, job.source.tensors) as reference:
         return _Pass(job, put, reference).run()
 
 

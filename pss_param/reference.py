@@ -2,36 +2,37 @@
 r"""A healthy checkpoint of the same model, from which tensors are taken or measured."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 
 from torch import Tensor
 
 from pss_param.checkpoint import open_checkpoint
+from pss_param.counterparts import pair_names
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.finite import count_nonfinite
 from pss_param.options import Reference
 from pss_param.plan import StateDictSource, TensorSource
-from pss_param.roles import plain_name
 
 
 class HealthySource:
     r"""Finds counterparts of tensors; a context manager that holds the reference open.
 
-    Names are compared as they are first, then without what trainers put in front of them (``module.``, ...).
+    Names may differ by what trainers put in front of them: :mod:`pss_param.counterparts`.
 
     Args:
         reference: path of a checkpoint of any format, a state dict, or None.
+        names: keys of the tensors whose counterparts are wanted.
 
     Raises:
         CheckpointError: the reference cannot be read.
-        ArgumentError: it is neither a path nor a state dict.
+        ArgumentError: it is neither a path nor a state dict, or has none of the tensors.
     """
 
-    def __init__(self, reference: Reference | None) -> None:
+    def __init__(self, reference: Reference | None, names: Iterable[str]) -> None:
         r"""See the class."""
-        self.reference = reference
+        self.reference, self._wanted = reference, tuple(names)
         self._source: TensorSource | None = None
         self._names: dict[str, str] = {}
         self._stack = ExitStack()
@@ -42,14 +43,22 @@ class HealthySource:
         Returns:
             The source itself.
         """
-        if isinstance(self.reference, Mapping):
-            self._source = StateDictSource(self.reference)
-        elif self.reference is not None:
-            _check_path(self.reference)
-            self._source = self._stack.enter_context(open_checkpoint(self.reference))
-        if self._source is not None:
-            self._names = {plain_name(name): name for name in self._source.tensors}
+        with ExitStack() as stack:
+            if isinstance(self.reference, Mapping):
+                self._source = StateDictSource(self.reference)
+            elif self.reference is not None:
+                _check_path(self.reference)
+                self._source = stack.enter_context(open_checkpoint(self.reference))
+            if self._source is not None:
+                self._names = self._paired(self._source)
+            self._stack = stack.pop_all()
         return self
+
+    def _paired(self, source: TensorSource) -> dict[str, str]:
+        try:
+            return pair_names(self._wanted, source.tensors)
+        except ArgumentError as error:
+            raise ArgumentError(f"the checkpoint and its reference {error}") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,7 +81,7 @@ class HealthySource:
             NonFiniteError: it holds NaN or infinity.
         """
         source = self._source
-        key = name if source is None or name in source.tensors else self._names.get(plain_name(name), name)
+        key = self._names.get(name, name)
         stored = None if source is None else source.tensors.get(key)
         if source is None or stored is None or stored.shape != shape or not stored.floating:
             found = "does not have it" if stored is None else f"has it as {stored.dtype_name} {stored.shape}"

@@ -153,7 +153,7 @@ def scan_checkpoint(
     :class:`CheckpointError`.
     """
     options = options or RepairOptions()
-    with open_checkpoint(path) as layout, HealthySource(options.reference) as reference:
+    with open_checkpoint(path) as layout, HealthySource(options.reference, layout.tensors) as reference:
         plan = make_plan(layout, options.rules())
         device = pick_device(options.device)
         rows: list[ScanRow] = []

@@ -27,7 +27,8 @@ class TargetRules:
 
     Args:
         preset: one of `PRESETS`.
-        include: globs of weights to add to the preset, embeddings and heads too.
+        include: globs of weights to add to the preset, embeddings and heads too; a tensor of three axes as a batch of
+            matrices.
         exclude: globs of weights to leave alone; wins over everything.
         per_head: q, k, v and o as a batch of one matrix per head; the module or the config must tell how
             many.

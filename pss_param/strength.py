@@ -129,7 +129,7 @@ def measure_growth(source: TensorSource, options: RepairOptions) -> Growth:
         >>> measure_growth(StateDictSource({"layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}), RepairOptions()).times
         0.0
     """
-    with HealthySource(options.reference) as healthy:
+    with HealthySource(options.reference, source.tensors) as healthy:
         plan = make_plan(source, options.rules())
         measures = list(_measures(source, plan, options, healthy))
         whose = "those of the reference" if healthy.present else f"fresh ones{_and_of_kernels(plan)}"

@@ -17,7 +17,8 @@ A pattern is a glob (`fnmatch`, case-sensitive) on the dotted name; one that nam
 it. What trainers put before a name (`module.`, `_orig_mod.`, `model.`) matches but is never needed:
 `layers.0.*` and `model.layers.0.*` are the same. A pattern that matches nothing is an error, and so is an
 `include` pattern that adds nothing because all it names cannot be smoothed (a vector, a frozen or quantised
-weight).
+weight). A tensor of three axes is taken as a stack of experts, one matrix for each index of the first axis, where
+its name says so (`experts`) or an `include` pattern covers it.
 
 In a model without numbered blocks (a plain MLP, a small convolutional network) `linear` takes every linear
 and convolution weight but the embeddings and the output head. A matrix without a bias in a checkpoint where other
@@ -69,6 +70,12 @@ MAYBE_A_TABLE = "a matrix without a bias, where others have one, may be an embed
 
 ONE_CHANNEL = "a kernel of one input channel may be depthwise; include it by name to take it as one matrix"
 """Why such a kernel is skipped."""
+
+STACK = (
+    "3-D: which matrices it acts as is unknown; include it by name to take it as a batch of them, one for each index "
+    "of its first axis"
+)
+"""Why a tensor of three axes that is no stack of experts by its name is skipped."""
 
 _NEVER_BY_PRESET = {
     "norm": "a normalisation weight",
@@ -196,8 +203,9 @@ class _Selector:
             return weight.obstacle
         if weight.kind.startswith("conv"):
             return "depthwise: each kernel acts as a vector" if 1 in _convolution_sides(weight) else ""
-        if not (len(shape) == 2 or (len(shape) == 3 and role.startswith("expert_"))):
-            return f"{len(shape)}-D: which matrices it acts as is unknown"
+        stack = len(shape) == 3 and (role.startswith("expert_") or self._included(weight.name))
+        if not (len(shape) == 2 or stack):
+            return STACK if len(shape) == 3 else f"{len(shape)}-D: which matrices it acts as is unknown"
         return "acts as a vector" if 1 in shape[-2:] else ""
 
     # What only `include` makes a target.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pss_param.compiled import eagerly
 from pss_param.errors import StateError
 from pss_param.gradients import gradient_norm
 
@@ -55,7 +56,7 @@ class Watch:
         self.stepping = False
         self._guard = guard
         self._ceiling, self._reached, self._warned = 0.0, 0, False
-        self._hook = optimizer.register_step_pre_hook(self._before)
+        self._hook = optimizer.register_step_pre_hook(eagerly(self._before))
 
     def remove(self) -> None:
         r"""Stop watching; the guard stays attached. Does nothing the second time."""

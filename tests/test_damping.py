@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import weakref
+from collections.abc import Callable
 
 import pytest
 import tiny_gpt
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import optimizer as hooks
 
 import pss_param as pss
@@ -588,3 +590,42 @@ def test_repeated_triggers_become_fewer_at_a_deadly_rate():
         return sum(view.openings for view in guard.views.values())
 
     assert triggers(2**0.5) < triggers(1.0)
+
+
+def compiled_step(optimizer: torch.optim.Optimizer) -> tuple[Callable[[], None], CompileCounter]:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    return torch.compile(lambda: optimizer.step(), backend=counter), counter
+
+
+def test_a_compiled_optimizer_is_compiled_once_and_damped_all_the_same():
+    weights, twins = pair(), pair()
+    # A learning rate that is no tensor would be compiled for its value.
+    optimizer, eager = (torch.optim.AdamW(held.values(), lr=torch.tensor(0.1)) for held in (weights, twins))
+    step, counter = compiled_step(optimizer)
+    dampings = Damping(weights.get), Damping(twins.get)
+    for at in range(24):
+        for held, damping in zip((weights, twins), dampings, strict=True):
+            gradients(held, at)
+            if at in {3, 16}:  # twice, so that the hooks go and come again
+                damping.strike({"damped": 1.05})
+            damping.forget()
+        step()
+        eager.step()
+        assert dampings[0].rho == dampings[1].rho
+        torch.testing.assert_close(dict(weights), dict(twins))
+    assert counter.frame_count == 1
+
+
+def test_watching_a_compiled_optimizer_compiles_nothing_at_every_step():
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.3))
+    guard = pss.attach(model, targets="all")
+    guard.watch(optimizer)
+    step, counter = compiled_step(optimizer)
+    for at in range(12):
+        model(torch.randn(4, 16, generator=torch.Generator().manual_seed(at))).square().sum().backward()
+        step()
+        optimizer.zero_grad()
+    assert guard.steps == 12
+    assert counter.frame_count <= 1

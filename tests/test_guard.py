@@ -342,6 +342,94 @@ def test_nonfinite_gradients_are_dropped_counted_and_finally_an_error(caplog):
     assert any("gradients dropped" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("policy", [GuardPolicy(), GuardPolicy(deferred=True)])
+def test_a_skipped_step_of_a_guard_on_a_part_leaves_the_rest_alone_too_if_the_optimizer_is_given(policy):
+    model = net()
+    guard = attach(model.blocks, policy=policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = snapshot(model)
+    (loss_of(model) * math.nan).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    event = guard.step(norm, optimizer=optimizer)
+    assert event.skip != policy.deferred
+    optimizer.step()
+    assert same(before, snapshot(model))
+
+
+def test_a_dropped_spike_of_a_guard_on_a_part_is_dropped_for_the_whole_optimizer():
+    model = net()
+    guard = attach(model.blocks, detector=OnSteps(1), policy=GuardPolicy(on_trigger="smooth_and_skip"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model).backward()
+    assert guard.step(optimizer=optimizer).skip
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_scaler_that_has_unscaled_survives_a_skipped_step():
+    model = net()
+    guard = attach(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    before = snapshot(model)
+    scaler.scale(loss_of(model) * math.inf).backward()
+    scaler.unscale_(optimizer)
+    assert guard.step().skip
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(before, snapshot(model))
+    assert scaler.get_scale() < 2.0**16
+
+
+def test_an_orthogonal_weight_of_before_is_left_alone_and_trains():
+    model = net()
+    nn.utils.parametrizations.orthogonal(model.blocks[0].up)
+    guard = attach(model)
+    assert sorted(guard.views) == sorted(name for name in NAMES if name != "blocks.0.up.weight")
+    train(model, guard, torch.optim.SGD(model.parameters(), lr=0.1), 2)
+    weight = model.blocks[0].up.weight.detach()
+    torch.testing.assert_close(weight.mT @ weight, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_a_whole_module_is_saved_after_detach(tmp_path):
+    model = net()
+    guard = attach(model)
+    with pytest.raises(RuntimeError, match="state_dict"):
+        torch.save(model, tmp_path / "whole.pt")
+    guard.detach()
+    torch.save(model, tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize("targets", ["linear", "all"])
+@pytest.mark.parametrize("choice", ["smooth", "smooth_and_clip"])
+def test_sparse_gradients_count_as_the_dense_ones_that_they_stand_for(targets, choice):
+    seen = []
+    for sparse in (False, True):
+        model = net()
+        model.embed.sparse = sparse
+        guard = attach(model, targets, detector=OnSteps(2, limit=0.01), policy=GuardPolicy(on_trigger=choice))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        events = []
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            assert model.embed.parametrizations if targets == "all" else model.embed.weight.grad.is_sparse == sparse
+            events.append(guard.step())
+            optimizer.step()
+        seen.append(([event.norm for event in events], snapshot(model)))
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-6)
+    torch.testing.assert_close(seen[0][1], seen[1][1])
+
+
+def test_sparse_gradients_that_are_not_finite_become_zeros_in_a_deferred_step():
+    model = net()
+    model.embed.sparse = True
+    guard = attach(model, policy=GuardPolicy(deferred=True))
+    (loss_of(model) * math.nan).backward()
+    guard.step()
+    assert model.embed.weight.grad.is_sparse
+    assert not model.embed.weight.grad.to_dense().any()
+
+
 def test_on_trigger_clip_and_skip():
     for choice in ("smooth", "smooth_and_clip", "smooth_and_skip"):
         model = net()

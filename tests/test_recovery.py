@@ -94,6 +94,37 @@ def test_compare_names_what_cannot_be_compared(tmp_path):
     assert report.identical == 1
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.", "_orig_mod.model.", "transformer.inner."])
+def test_a_prefix_before_all_names_of_one_side_is_seen_through(tmp_path, prefix):
+    plain = {f"layers.{i}.mlp.up_proj.weight": torch.randn(64, 48) for i in range(3)} | {"norm.weight": torch.ones(4)}
+    torch.save({"state_dict": {prefix + name: value for name, value in plain.items()}}, tmp_path / "run.ckpt")
+    save_file(plain, tmp_path / "plain.safetensors")
+    pair = tmp_path / "run.ckpt", tmp_path / "plain.safetensors"
+    for one, other in (pair, pair[::-1]):
+        report = compare_checkpoints(one, other)
+        assert (len(report.rows), report.identical, report.missing) == (3, 4, ((), ()))
+        assert len(scan_checkpoint(one, RepairOptions(reference=other)).drift) == 3
+
+
+def test_a_part_of_the_other_model_is_found_in_it(tmp_path):
+    inner = {f"h.{i}.mlp.up_proj.weight": torch.randn(64, 48) for i in range(3)}
+    save_file(inner, tmp_path / "inner")
+    save_file({f"transformer.{n}": w for n, w in inner.items()} | {"lm_head.bias": torch.ones(4)}, tmp_path / "whole")
+    report = compare_checkpoints(tmp_path / "inner", tmp_path / "whole")
+    assert (report.identical, report.missing) == (3, ((), ("lm_head.bias",)))
+
+
+def test_nothing_in_common_and_two_models_in_one_file_are_refused(tmp_path):
+    save_file({UP.format(0): torch.eye(8)}, tmp_path / "one")
+    save_file({"fc.weight": torch.eye(8)}, tmp_path / "two")
+    save_file({f"{who}.{UP.format(0)}": torch.eye(8) for who in ("student", "teacher")}, tmp_path / "both")
+    for other, words in (("two", "no tensor in common"), ("both", "'student.' and under 'teacher.'")):
+        with pytest.raises(ArgumentError, match=words):
+            compare_checkpoints(tmp_path / "one", tmp_path / other)
+        with pytest.raises(ArgumentError, match=words):
+            scan_checkpoint(tmp_path / "one", RepairOptions(reference=tmp_path / other))
+
+
 def test_verify_finds_every_kind_of_change(pair, tmp_path):
     good, bad = pair
     options = RepairOptions(strength="gentle", reference=good, nonfinite="reference")

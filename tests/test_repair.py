@@ -366,3 +366,14 @@ def test_an_edge_of_live_runs_is_refused_before_anything_is_written():
         ArgumentError, match="edge must be one of dominant, mild, bulk, init, reference, got 'baseline'"
     ):
         RepairOptions(edge="baseline")
+
+
+def test_an_included_stack_of_matrices_is_repaired_as_one_that_is_named_experts():
+    stack = torch.randn(3, 40, 32, generator=torch.Generator().manual_seed(0))
+    stack[1] += 9 * torch.ones(40, 32)
+    gentle = RepairOptions(strength="gentle", include=("*.w_in",))
+    one, report = repair_state_dict({"blocks.0.moe.w_in": stack}, gentle)
+    other, _ = repair_state_dict({"blocks.0.experts.up_proj": stack}, RepairOptions(strength="gentle"))
+    assert [matrix.part for matrix in report.tensors[0].matrices] == ["[0]", "[1]", "[2]"]
+    assert torch.equal(one["blocks.0.moe.w_in"], other["blocks.0.experts.up_proj"])
+    assert not torch.equal(one["blocks.0.moe.w_in"][1], stack[1])

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from pss_param.attaching import attach
 from pss_param.errors import ArgumentError
 from pss_param.matricize import LINEAR
 from pss_param.roles import Names, role_of
+from pss_param.smoothing import Smoothing, smooth
 from pss_param.targets import (
     MAYBE_A_TABLE,
     PRESETS,
@@ -559,3 +561,49 @@ class TestCompanions:
         model["layers"][1].weight = model["layers"][0].weight
         model["layers"][2].weight = model["embed_tokens"].weight
         assert select_companions(model, ["layers.0.weight"]) == []
+
+
+def test_an_explicit_include_takes_three_axes_as_a_batch_of_matrices():
+    tensors = {
+        "blocks.0.moe.w_in": TensorInfo((4, 24, 16), torch.float32),
+        "blocks.0.moe.w_thin": TensorInfo((4, 1, 16), torch.float32),
+        "blocks.0.moe.w_four": TensorInfo((2, 2, 24, 16), torch.float32),
+        "blocks.0.up.weight": TensorInfo((24, 16), torch.float32),
+    }
+    plain = select_tensors(tensors)
+    assert [target.name for target in plain.targets] == ["blocks.0.up.weight"]
+    assert "include it by name" in {skip.name: skip.reason for skip in plain.skipped}["blocks.0.moe.w_in"]
+    found = select_tensors(tensors, TargetRules(include=("blocks.*.w_in",)))
+    (target,) = [target for target in found.targets if target.name.endswith("w_in")]
+    (batch,) = target.matricization.split(torch.zeros(4, 24, 16))
+    assert batch.shape == (4, 24, 16)
+    for name, reason in (("w_thin", "acts as a vector"), ("w_four", "4-D")):
+        with pytest.raises(ArgumentError, match=reason):
+            select_tensors(tensors, TargetRules(include=(f"*.{name}",)))
+
+
+class Experts(nn.Module):
+    """A stack whose name does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.randn(3, 24, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.einsum("eoi,bi->beo", self.w_in, x)
+
+
+def test_a_live_stack_that_is_included_is_smoothed_matrix_by_matrix():
+    model = nn.Sequential(Experts())
+    with pytest.raises(ArgumentError, match="selects no weight"):
+        attach(model)
+    with torch.no_grad():
+        model[0].w_in[1] += 3 * torch.ones(24, 16)
+    before = model[0].w_in.detach().clone()
+    guard = attach(model, TargetRules(include=("0.w_in",)), smoothing=Smoothing(edge="bulk"))
+    with guard.preview(), torch.no_grad():
+        shown = model[0].w_in
+        model(torch.ones(2, 16))
+    assert not torch.allclose(before[1], shown[1], atol=0.1)
+    for one, other in zip(before, shown, strict=True):
+        torch.testing.assert_close(smooth(one, edge="bulk"), other, atol=1e-2, rtol=0)

@@ -158,6 +158,15 @@ def test_errors_are_one_line_and_1(checkpoint, call, tmp_path):
         assert one_line(err), err
 
 
+def test_two_models_without_a_common_tensor_are_an_error(checkpoint, call, tmp_path):
+    save_file({"fc.weight": torch.eye(8)}, tmp_path / "other")
+    for args in (["compare", tmp_path / "other", checkpoint], [checkpoint, "--reference", tmp_path / "other"]):
+        code, out, err = call(*args)
+        assert (code, out) == (1, "")
+        assert one_line(err)
+        assert "same model" in err
+
+
 def test_nan_is_damage_to_a_scan(call, tmp_path):
     nan = tmp_path / "nan.safetensors"
     save_file({SICK.format(0): torch.full((9, 9), float("nan")), SICK.format(1): torch.randn(9, 9)}, nan)
