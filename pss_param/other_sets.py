@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Further weights of the same model in one checkpoint, such as a moving average, which a repair leaves as they are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from pss_param.checkpoint import Layout, StoredTensor
 from pss_param.checkpoint.dcp import optimizer_part
@@ -27,19 +27,27 @@ def note_other_sets(layout: Layout, targets: Iterable[str], states: Iterable[Opt
     """
     wanted = {_bare(name): layout.tensors[name] for name in targets}
     homes = {stored.storage for stored in wanted.values()}
-    prefixes = [state.prefix for state in states]
+    prefixes = {state.prefix for state in states}
     found = []
     for key, members in _dictionaries(layout).items():
         alike = [layout.state[m] for name, m in members.items() if _same_shape(wanted.get(name), layout.state[m])]
-        moments = optimizer_part((*key, "")) is not None or any(key[: len(prefix)] == prefix for prefix in prefixes)
         # What shares the bytes of a weight is repaired with it.
-        if not moments and len(alike) > SHARE * len(wanted) and not homes & {stored.storage for stored in alike}:
-            found.append("checkpoint" + "".join(f"[{word!r}]" for word in key))
+        apart = not homes & {stored.storage for stored in alike}
+        if len(alike) > SHARE * len(wanted) and apart and not _of_an_optimizer(key, prefixes):
+            found.append("checkpoint" + "".join(f"[{_short(word)!r}]" for word in key))
     if found:
         yield (
             f"weights of the same model in {', '.join(found[:8])} are left as they are: put them through "
             f"pss_param.repair_state_dict({found[0]}) too, or begin them anew from the repaired ones"
         )
+
+
+def _of_an_optimizer(key: _Key, prefixes: Collection[_Key]) -> bool:
+    return optimizer_part((*key, "")) is not None or any(key[:length] in prefixes for length in range(len(key) + 1))
+
+
+def _short(word: str | int) -> str | int:
+    return f"{word[:80]}..." if isinstance(word, str) and len(word) > 80 else word  # keys out of a file have any length
 
 
 def _dictionaries(layout: Layout) -> dict[_Key, dict[str, str]]:

@@ -48,6 +48,11 @@ def test_all_are_in_one_sentence(tmp_path):
     assert "checkpoint['ema'], checkpoint['best']" in note
 
 
+def test_a_key_of_any_length_is_shown_in_part(tmp_path):
+    (note,) = notes(tmp_path, **{"e" * 5000: network()})
+    assert len(note) < 500
+
+
 def test_what_is_none(tmp_path):
     weights = network()
     moments = {name: {"exp_avg": value.clone()} for name, value in weights.items()}
