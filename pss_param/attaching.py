@@ -45,16 +45,19 @@ def attach(
     Args:
         model: The model, before or after its optimizer was made, before or after ``DistributedDataParallel``,
             ``fully_shard`` or ``parallelize_module``.
-        targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules.
-        smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`.
+        targets: A preset such as ``"linear"`` (every matrix inside the blocks), or rules. In
+            ``examples/benchmarks/results/stability.md``, "weights, of the default", other presets stand beside it.
+        smoothing: A shape by name or as a callable, or a whole :class:`Smoothing`; others beside the default under
+            "shape, of the default".
         edge: The level to which dominant values are brought. None for what ``smoothing`` says, else for ``"baseline"``
             (the norm that the weight had in health, at which whatever fires then holds all weights for some steps)
             where the detector remembers it, as the default one does, and the shape brings values down to a level; else
             for ``"dominant"``, the published one.
         detector: None for ``AnyOf(GradientNormRatio(), StableRankFloor())``: the published detector, which is blind
             where gradients only shrink, and one that sees weights collapse or grow. In
-            ``examples/benchmarks/results/stability.md`` the default (``pss-default``) stands beside the published form
-            (``pss-published``), the published edge (``pss-dominant``) and runs without damping (``pss-undamped``).
+            the same file the default (``pss-default``) stands beside the published form (``pss-published``), the
+            published edge (``pss-dominant``), runs without damping (``pss-undamped``) and, under "detector, of the
+            default", beside one half of itself.
         policy: None for :class:`GuardPolicy` with its defaults.
 
     Returns:

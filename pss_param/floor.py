@@ -67,8 +67,9 @@ class StableRankFloor(Detector):
     stays converged; at the first step, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
     from below, so no low stable rank is owed to the estimate.
 
-    The tables of ``examples/benchmarks/results/stability.md`` justify the defaults: ``pss-default`` there is with the
-    edge ``baseline`` and alerts of 50 steps, ``pss-dominant`` with the published edge.
+    In ``examples/benchmarks/results/stability.md``, "watch over the weights, of the default", each default stands beside
+    smaller and larger values; ``pss-default`` there is with the edge ``baseline`` and alerts of 50 steps,
+    ``pss-dominant`` with the published edge.
 
     Args:
         fraction: The floor as a fraction of the baseline, in (0, 1), dimensionless.

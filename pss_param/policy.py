@@ -21,6 +21,8 @@ _CHOICES = {
 class GuardPolicy:
     r"""How a guard acts on what its detector says.
 
+    The defaults stand beside other choices in ``examples/benchmarks/results/stability.md``, "policy, of the default".
+
     Attributes:
         on_trigger: What happens to the gradient that triggered. ``"smooth"`` (default, as published): nothing, the
             optimizer uses it. ``"smooth_and_clip"``: it is scaled down to the norm that would just have triggered
@@ -46,7 +48,6 @@ class GuardPolicy:
             at least 1; the product is at most 64 and halves in 69 steps. 1 damps nothing, as published. Needs an
             optimizer that is a :class:`torch.optim.Optimizer`, and in its step room for a copy of the damped weights
             and of what follows them (``pace``).
-            ``examples/benchmarks/results/stability.md`` has the default beside no damping.
         pace: Growth per step of a weight's spectral norm that is fast enough, above 0. Where the detector measures it,
             at the edge ``baseline``, ``damping`` only says whether to damp: updates of a smoothed weight are divided by
             its growth over this, if that is more than 1, and those of biases, norms and whatever else is neither
