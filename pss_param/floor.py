@@ -67,8 +67,8 @@ class StableRankFloor(Detector):
     stays converged; at the first step, ``settle_iterations`` full iterations are made. :math:`\sigma_1` is estimated
     from below, so no low stable rank is owed to the estimate.
 
-    In ``examples/benchmarks/results/stability.md``, "watch over the weights, of the default", each default stands beside
-    smaller and larger values; ``pss-default`` there is with the edge ``baseline`` and alerts of 50 steps,
+    In ``examples/benchmarks/results/stability.md``, "watch over the weights, of the default", each default stands
+    beside smaller and larger values; ``pss-default`` there is with the edge ``baseline`` and alerts of 50 steps,
     ``pss-dominant`` with the published edge.
 
     Args:
