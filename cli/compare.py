@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pss_param.compare import CompareReport, compare_checkpoints
+from pss_param.counting import counted
 from pss_param.options import RepairOptions
 
 from . import options
@@ -34,10 +35,11 @@ def compare(first: str, second: str, as_json: bool, **choices: Any) -> None:
 
 
 def _close(report: CompareReport) -> None:
-    say(f"{len(report.rows)} targets, {len(report.others)} other tensors differ, {report.identical} are equal")
+    others = counted(len(report.others), "other tensor differs", "other tensors differ")
+    say(f"{counted(len(report.rows), 'target')}, {others}, {counted(report.identical, 'is', 'are')} equal")
     for path, names in zip(report.sources, report.missing, strict=True):
         if names:
-            say(f"only {path} has {len(names)} tensor(s), first {names[0]}")
+            say(f"only {path} has {counted(len(names), 'tensor')}, first {names[0]}")
     for name, reason in report.unlike.items():
         say(f"not compared: {name}: {reason}")
     for name, counts in report.nonfinite.items():

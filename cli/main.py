@@ -37,9 +37,14 @@ class RepairGroup(click.Group):
 
         Returns:
             What click has not consumed.
+
+        Raises:
+            UsageError: the word is ``help``, and no checkpoint has this name.
         """
         own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
         if args and args[0] not in self.list_commands(ctx) and args[0] not in own:
+            if args[0] == "help" and not os.path.exists("help"):
+                raise click.UsageError("there is no command 'help', use --help or COMMAND --help", ctx)
             args = ["repair", *args]
         return super().parse_args(ctx, args)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from pss_param.counting import counted
 from pss_param.options import RepairOptions
 from pss_param.repair import repair_checkpoint
 from pss_param.report import Report, TensorReport, report_path
@@ -52,13 +53,15 @@ def _show(report: Report) -> None:
     if report.reason:
         say(report.reason)
     if report.vectors:
-        say(f"{len(report.vectors)} norms and biases are back at their initial values")
+        one, many = "norm or bias is back at its initial value", "norms and biases are back at their initial values"
+        say(counted(len(report.vectors), one, many))
     if report.options["strength"] == "deep" and not report.optimizer.states:
         say("resume with a new optimizer: old moments, if you have them, are those of the run that died")
     if report.optimizer.reset:
-        say(f"optimizer: the state of {len(report.optimizer.reset)} parameters is initial again")
+        say(f"optimizer: the state of {counted(len(report.optimizer.reset), 'parameter')} is initial again")
     if report.optimizer.masters:
-        say(f"optimizer: {len(report.optimizer.masters)} master copies got the same correction")
+        copies = counted(len(report.optimizer.masters), "master copy", "master copies")
+        say(f"optimizer: {copies} got the same correction")
 
 
 def _cells(tensor: TensorReport) -> tuple[str, ...]:
@@ -77,8 +80,8 @@ def _cells(tensor: TensorReport) -> tuple[str, ...]:
 
 
 def _close(report: Report) -> None:
-    count = f"{len(report.changed)} of {len(report.tensors)} targets changed"
-    others = f"{len(report.skipped)} other tensors untouched"
+    count = f"{len(report.changed)} of {counted(len(report.tensors), 'target')} changed"
+    others = f"{counted(len(report.skipped), 'other tensor')} untouched"
     if report.output is None:
         say(f"dry run: {count}, {others}; nothing was written ({report.seconds:.1f} s)")
     else:

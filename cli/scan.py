@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from pss_param.counting import counted
 from pss_param.options import RepairOptions
 from pss_param.scan import ScanReport, ScanRow, scan_checkpoint
 
@@ -77,7 +78,8 @@ def _cells(row: ScanRow) -> tuple[str, ...]:
 def _close(report: ScanReport) -> None:
     level = report.median_stable_rank
     middle = "" if level is None else f", median stable rank {level:.2f}"
-    say(f"{len(report.rows)} matrices{middle}, {len(report.skipped)} other tensors not scanned")
+    matrices = counted(len(report.rows), "matrix", "matrices")
+    say(f"{matrices}{middle}, {counted(len(report.skipped), 'other tensor')} not scanned")
     for note in report.notes:
         say(note)
     for finding in report.findings:

@@ -3,6 +3,7 @@ r"""``pss-repair verify OUT``."""
 
 import click
 
+from pss_param.counting import counted
 from pss_param.errors import CheckpointError
 from pss_param.verification import verify_checkpoint
 
@@ -35,4 +36,4 @@ def verify(out: str, source: str | None, as_json: bool) -> None:
             f"{out} is not what its report says: {outcome.problems[0]}{more}; repair the source again"
         )
     bytes_equal = f", {outcome.compared:,} other bytes equal to {source}" if source else ""
-    say(f"{outcome.checked} changed tensors are as the report says{bytes_equal}")
+    say(f"{counted(outcome.checked, 'changed tensor is', 'changed tensors are')} as the report says{bytes_equal}")

@@ -18,7 +18,7 @@ def export_checkpoint(
     force: bool = False,
     progress: ProgressHook | None = None,
 ) -> tuple[Path, int]:
-    r"""Write a copy in which ``x.parametrizations.weight.original`` is called ``x.weight`` again.
+    r"""Write a copy in which ``x.parametrizations.weight.original`` is called ``x.weight`` again, if there is any such.
 
     Args:
         path: a ``.safetensors`` file.
@@ -27,7 +27,8 @@ def export_checkpoint(
         progress: told of every step.
 
     Returns:
-        Where the copy is, and how many tensors have another name in it.
+        Where the copy is, and how many tensors have another name in it. Where all names are plain already, nothing is
+        written, and that is the checkpoint itself, and 0.
 
     A checkpoint that cannot be read, or weights that would have to be computed, raise
     :class:`CheckpointError`.
@@ -44,12 +45,15 @@ def export_checkpoint(
     destination = source.with_name(f"{source.stem}.plain{source.suffix}") if output is None else Path(output)
     with open_checkpoint(source) as layout:
         names = plain_names(layout)
+        renamed = sum(new != old for new, old in names.items())
+        if not renamed:
+            return source, 0
         total, done = sum(layout.tensors[old].nbytes for old in names.values()), 0
         for step in write_renamed(layout, names, destination, force):
             done += step
             if progress is not None:
                 progress(Progress("copy", "", done, total))
-    return destination, sum(new != old for new, old in names.items())
+    return destination, renamed
 
 
 def plain_names(layout: Layout) -> dict[str, str]:

@@ -192,7 +192,8 @@ def default_output(path: str | os.PathLike[str]) -> Path:
         path: the checkpoint.
 
     Returns:
-        ``x.repaired.safetensors`` for a file ``x.safetensors``, ``dir-repaired`` for a folder ``dir``.
+        ``x.repaired.safetensors`` for a file ``x.safetensors``, ``dir-repaired`` for a folder ``dir``; relative where
+        the path is.
 
     Example:
         >>> default_output("runs/x.safetensors").as_posix()
@@ -200,6 +201,7 @@ def default_output(path: str | os.PathLike[str]) -> Path:
     """
     where = Path(path)
     if where.is_dir():
-        where = Path(os.path.abspath(where))  # so that "." has a name too
-        return where.with_name(f"{where.name}-repaired")
+        whole = Path(os.path.abspath(where))  # so that "." has a name too
+        beside = whole.with_name(f"{whole.name}-repaired")
+        return beside if where.is_absolute() else Path(os.path.relpath(beside))
     return where.with_name(f"{where.stem}.repaired{where.suffix}")

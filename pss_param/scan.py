@@ -31,6 +31,7 @@ import torch
 
 from pss_param.by_design import notes_of, why_left
 from pss_param.checkpoint import Layout, open_checkpoint
+from pss_param.counting import counted
 from pss_param.drift import measure_drift
 from pss_param.errors import NonFiniteError
 from pss_param.finite import count_nonfinite
@@ -285,7 +286,8 @@ def _findings(rows: Sequence[ScanRow], nonfinite: Mapping[str, int], level: floa
     if level is not None and level < COLLAPSED:
         yield f"the median stable rank is {level:.2f}, below {COLLAPSED:g}: the whole network has collapsed"
     if outliers := [row.name for row in rows if row.damaged]:
-        yield f"{len(outliers)} matrices stand out from their peers in both measures, first {outliers[0]}"
+        those = counted(len(outliers), "matrix stands out from its", "matrices stand out from their")
+        yield f"{those} peers in both measures, first {outliers[0]}"
 
 
 def _falls(drift: Sequence[TensorDrift], below: float) -> Iterable[str]:

@@ -318,6 +318,16 @@ def test_default_outputs(tmp_path):
     assert default_output(tmp_path) == tmp_path.with_name(tmp_path.name + "-repaired")
 
 
+def test_the_default_output_of_a_relative_folder_is_relative(tmp_path, monkeypatch):
+    (tmp_path / "run" / "step").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert str(default_output("run/step/")) == "run/step-repaired"
+    monkeypatch.chdir(tmp_path / "run")
+    assert [str(default_output(name)) for name in (".", "step", "../run")] == [
+        "../run-repaired", "step-repaired", "../run-repaired",
+    ]  # fmt: skip
+
+
 KILLER = """
 import os, signal, sys
 from pss_param.repair import repair_checkpoint

@@ -187,6 +187,35 @@ def test_wrong_usage_is_2(checkpoint, call):
         assert "Usage" in err
 
 
+def test_the_word_help_points_to_the_option_unless_it_is_a_checkpoint(checkpoint, call, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    for args in (["help"], ["help", "scan"]):
+        code, _, err = call(*args)
+        assert code == 2
+        assert "COMMAND --help" in err
+    checkpoint.rename("help")
+    assert call("help", "--dry-run")[0] == 0
+
+
+def test_one_of_a_thing_is_called_one(call, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(
+        {
+            SICK.format(0): 9 * matrix(0),
+            "model.layers.0.norm.weight": torch.full((4,), 3.0),
+            "ids": torch.ones(1, dtype=torch.int64),
+        },
+        path,
+    )
+    assert "1 matrix, median stable rank" in call("scan", path)[2]
+    assert "2 other tensors not scanned" in call("scan", path)[2]
+    err = call(path)[2]
+    assert "1 norm or bias is back at its initial value" in err
+    assert "1 of 1 target changed, 1 other tensor untouched" in err
+    assert "2 changed tensors are as" in call("verify", tmp_path / "x.repaired.safetensors")[2]
+    assert "1 target, 0 other tensors differ, 2 are equal" in call("compare", path, path)[2]
+
+
 def test_help_teaches_and_version_is_the_librarys(call):
     from pss_param import __version__
 
@@ -230,6 +259,13 @@ def test_export_gives_plain_names_and_the_same_bytes(call, tmp_path):
     assert plain.keys() == {"fc.weight", "fc.bias"}
     assert torch.equal(plain["fc.weight"], weight)
     assert torch.equal(plain["fc.bias"], bias)
+
+
+def test_export_writes_nothing_where_all_names_are_plain(checkpoint, call):
+    code, out, err = call("export", checkpoint)
+    assert (code, out.strip()) == (0, str(checkpoint))
+    assert "nothing was written" in err
+    assert os.listdir(checkpoint.parent) == [checkpoint.name]
 
 
 def test_export_keeps_types_metadata_order_and_refuses_what_must_be_computed(call, tmp_path):
