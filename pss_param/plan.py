@@ -198,9 +198,7 @@ def _outside(
     untied = {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
     # As many rows as a head has outputs: tokens, and not places, whose table is smooth and of low rank in health.
     outputs = {infos[name].shape[0] for name, target in untied.items() if target.role == "head"}
-    alike = {n: t for n, t in tables.items() if infos[n].shape[0] in outputs}
-    named = {name: target for name, target in alike.items() if target.role == "embedding"}
-    return untied, named or (alike if len(alike) == 1 else {})  # one of any name, but not one of two
+    return untied, {n: t for n, t in tables.items() if t.role == "embedding" and infos[n].shape[0] in outputs}
 
 
 def _one_channel(shape: tuple[int, ...]) -> bool:
