@@ -8,12 +8,11 @@ stored grows, so the same update turns it less and less. Damping gives a smoothe
 that was never smoothed.
 
 # Note [Companions]
-Biases and the gains of norms have no spectrum to smooth, and at a deadly rate they end a run by themselves: of two deep
-perceptrons, with every matrix held at its healthy norm, one died at 16 and one at 8 times its rate, and both lived with
-all else slowed down tenfold, the second at 16 times. So they follow: the geometric mean of the weights' factors is
-theirs, or what spikes of the gradient have made of their own, if that is more: a spike may come from them alone.
-Embeddings and the output head do not follow; they have to move far, and slowing them down cost healthy runs more than
-anything else here (a recurrent network 0.6 nats).
+Biases and the gains of norms have no spectrum to smooth, and at a deadly rate they end a run by themselves: with every
+matrix held at its healthy norm, a deep perceptron lost a nat at 32 times its rate where they did not follow
+(``default-companions-left`` in ``examples/benchmarks/results/stability.md``). So they follow: the geometric mean of the
+weights' factors is theirs, or what spikes of the gradient have made of their own, if that is more: a spike may come
+from them alone. Embeddings and the output head do not follow; they have to move far in health.
 
 # Note [After the optimizer's step]
 What an optimizer does is only known when it has done it, so a damped weight is copied just before the step and drawn

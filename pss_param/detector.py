@@ -175,7 +175,10 @@ class GradientNormRatio(Detector):
     .. math::
         a_{t+1} = a_t + w_t (\min(g_t, \text{cap} \cdot a_t) - a_t), \qquad w_t = \max(1 - \text{decay}, 1/(t+1)).
 
-    The rule and ``threshold=2.5`` are published; the rest is ours, for these reasons:
+    The rule and ``threshold=2.5`` are published; the rest is ours, for the reasons below. In
+    ``examples/benchmarks/results/stability.md`` other thresholds and decays stand beside these, in the published form
+    ("threshold of the detector", "decay of its average") and in the default ("detector, of the default").
+
 
     - ``decay=0.95`` (about 20 steps). Gradient norms fall by an order of magnitude in the first hundred steps,
       and an average over a hundred steps would still remember the start and miss a spike; much shorter ones

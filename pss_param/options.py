@@ -52,6 +52,10 @@ ProgressHook = Callable[[Progress], None]
 class RepairOptions:
     r"""What to smooth and how.
 
+    In the tables of rescues in ``examples/benchmarks/results/stability.md`` the defaults are ``repair``, beside either
+    strength for all (``repair-gentle``, ``repair-deep``), other edges (``repair-dominant``, ``repair-init``) and shapes
+    (``msign``, ``noise``), kept moments (``repair-keep``), and a deep repair with one thing changed (``deep-...``).
+
     Args:
         smoothing: shape by which dominant singular values come down, a name or a callable ``f(S, edge) -> S``; None
             for ``"clip"``, or ``"equal"`` in a deep repair to the edge ``"init"``.

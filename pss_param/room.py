@@ -6,13 +6,14 @@ times that of a fresh one. Two kinds do not, and have to grow:
 
 - the matrices of a recurrent cell: its gates open and close at several units, a fresh cell gives tenths of one, and
   sigmoid and tanh bound the rest. Those of the LSTM of the suite grow tenfold in health, by half in each of the first
-  steps. Held at the norm of fresh ones they cost 0.39 nats at the best learning rate, with this room nothing;
+  steps. Held at the norm of fresh ones they cost 0.4 nats at its own learning rate (``default-no-room``), with this
+  room nothing;
 - kernels before a batch norm, which divides their scale out again: what they gain in norm only slows them down. They
   reach 4 to 7 times a fresh one's in health.
 
 So a live guard lets recurrent weights grow to :data:`LIVE` fresh norms before it holds them, and a deep repair brings
 both kinds down to :data:`DEEP` instead of to the size of fresh ones, and leaves their spectrum below that alone.
-``examples/benchmarks/results/stability.md`` has what became of them.
+``examples/benchmarks/results/stability.md`` has what became of them, with and without (``deep-no-room``).
 """
 
 from collections.abc import Iterable, Mapping

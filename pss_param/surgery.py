@@ -2,15 +2,17 @@
 r"""Smoothing one stored tensor: into matrices, correction, back, one cast, and what was measured.
 
 # Note [What a deep repair does to a matrix]
-It keeps the directions and gives them one value. Whatever keeps more of the spectrum at the same norm ended higher on
-dead perceptrons, a post-norm GPT and a BERT (twelve checkpoints): fourth and square roots of its values, those of a
-fresh matrix, the matrix clipped at its own bulk.
+It keeps the directions and gives them one value. What keeps more of the spectrum ended higher: the matrix clipped at the
+spectral norm of a fresh one, or at its own bulk (``deep-clip-init`` and ``deep-clip-bulk`` in
+``examples/benchmarks/results/stability.md``), and in single runs other values at the same norm.
 
 # Note [Token tables]
-A deadly rate collapses the table of tokens as well, and its fresh scale is unknown, so it keeps its norm. Of dead
-pre-norm GPTs what went on ended 0.01 to 0.08 nats lower for that, of LSTMs 0.04 to 0.11, of the rest level. With
-tables of places made as flat, BERTs ended 0.17 to 0.2 higher: those are smooth and of low rank in health. A table
-that is tied to the head is left alone.
+A deadly rate collapses the table of tokens as well, and its fresh scale is unknown, so it keeps its norm. What goes on
+ends lower for it or level (``deep-tables-left`` is without). Tables of places are smooth and of low rank in health; made
+flat in single runs, they cost a BERT 0.2 nats. A table that is tied to the head is left alone.
+
+# Note [Scale of a deep repair]
+The two numbers below were chosen on few runs, and differ little from others: ``deep-scale-...`` and ``deep-ends-...``.
 """
 
 import hashlib
@@ -38,11 +40,9 @@ from pss_param.targets import Target
 CLIPPED = {"kernel": 2.0, "roomy": DEEP}
 """Levels to which a deep repair only clips, over the spectral norm of a fresh matrix: :class:`pss_param.plan.Plan`."""
 DEEP_SCALE = 1.2
-"""Frobenius norm of a matrix after a deep repair, over that of a fresh one. Of dead post-norm GPTs and vision
-transformers what goes on ends lower for it than for 1, by 0.01 to 0.05 nats, also on seeds that had no say in it (six
-of six, three of three); of perceptrons as often lower as higher. From 1.7 on there is nothing left of that."""
+"""Frobenius norm of a matrix after a deep repair, over that of a fresh one: Note [Scale of a deep repair]."""
 ENDS = 2.0
-"""As much more for heads and stems: perceptrons, an LSTM and a deep GPT end lower for it, the rest level."""
+"""As much more for heads and stems: Note [Scale of a deep repair]."""
 
 
 @dataclass(frozen=True)
