@@ -2,14 +2,14 @@
 r"""Smoothing one stored tensor: into matrices, correction, back, one cast, and what was measured.
 
 # Note [What a deep repair does to a matrix]
-It keeps the directions and gives them one value. What keeps more of the spectrum ended higher: the matrix clipped at the
-spectral norm of a fresh one, or at its own bulk (``deep-clip-init`` and ``deep-clip-bulk`` in
+It keeps the directions and gives them one value. What keeps more of the spectrum ended higher: the matrix clipped at
+the spectral norm of a fresh one, or at its own bulk (``deep-clip-init`` and ``deep-clip-bulk`` in
 ``examples/benchmarks/results/stability.md``), and in single runs other values at the same norm.
 
 # Note [Token tables]
-A deadly rate collapses the table of tokens as well, and its fresh scale is unknown, so it keeps its norm. What goes on
-ends lower for it or level (``deep-tables-left`` is without). Tables of places are smooth and of low rank in health; made
-flat in single runs, they cost a BERT 0.2 nats. A table that is tied to the head is left alone.
+A deadly rate collapses the table of tokens as well, and its fresh scale is unknown, so it keeps its norm. What goes
+on ends lower for it or level (``deep-tables-left`` is without). Tables of places are smooth and of low rank in health;
+made flat in single runs, they cost a BERT 0.2 nats. A table that is tied to the head is left alone.
 
 # Note [Scale of a deep repair]
 The two numbers below were chosen on few runs, and differ little from others: ``deep-scale-...`` and ``deep-ends-...``.
