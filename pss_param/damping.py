@@ -9,7 +9,7 @@ that was never smoothed.
 
 # Note [Companions]
 Biases and the gains of norms have no spectrum to smooth, and at a deadly rate they end a run by themselves: with every
-matrix held at its healthy norm, a deep perceptron lost a nat at 32 times its rate where they did not follow
+matrix held at its healthy norm, a deep perceptron lost 1.3 nats at 32 times its rate where they did not follow
 (``default-companions-left`` in ``examples/benchmarks/results/stability.md``). So they follow: the geometric mean of the
 weights' factors is theirs, or what spikes of the gradient have made of their own, if that is more: a spike may come
 from them alone. Embeddings and the output head do not follow; they have to move far in health.
