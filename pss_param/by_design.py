@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from pss_param.counting import counted
 from pss_param.plan import TensorSource
 from pss_param.roles import Names, plain_name, role_of
 from pss_param.selection import matches
@@ -84,11 +85,13 @@ def notes_of(left: Mapping[str, str]) -> Iterator[str]:
 
     Example:
         >>> list(notes_of({"layers.0.mask": BY_DESIGN}))
-        ['1 tensor(s) hold infinities by design, as masks do, first layers.0.mask: they are no damage']
+        ['1 tensor holds infinities by design, as masks do, first layers.0.mask: that is no damage']
     """
     masks = [name for name, why in left.items() if why == BY_DESIGN]
     excluded = [name for name in left if name not in masks]
     if masks:
-        yield f"{len(masks)} tensor(s) hold infinities by design, as masks do, first {masks[0]}: they are no damage"
+        those = counted(len(masks), "tensor holds", "tensors hold")
+        yield f"{those} infinities by design, as masks do, first {masks[0]}: that is no damage"
     if excluded:
-        yield f"{len(excluded)} excluded tensor(s) hold NaN or infinity, first {excluded[0]}: they are left as they are"
+        those = counted(len(excluded), "excluded tensor holds", "excluded tensors hold")
+        yield f"{those} NaN or infinity, first {excluded[0]}: left alone"

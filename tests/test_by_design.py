@@ -127,7 +127,7 @@ def test_what_is_excluded_blocks_nothing_and_is_copied(tmp_path, capsys):
         assert report.skipped[NORM] == "excluded by 'norm.weight', and left as it is: 1 NaN or infinite value(s)"
         new = load_file(tmp_path / "out")
         assert all(new[name].view(torch.int32).equal(value.view(torch.int32)) for name, value in broken.items())
-    assert "2 excluded tensor(s) hold NaN or infinity" in report.notes[1]
+    assert "2 excluded tensors hold NaN or infinity" in report.notes[1]
     arguments = ["scan", str(path), "--exclude", "layers.2", "--exclude", NORM]
     assert run(arguments) == 0
     assert "2 excluded" in capsys.readouterr().err

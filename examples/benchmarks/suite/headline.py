@@ -5,9 +5,9 @@ from pathlib import Path
 
 from suite import rescues
 from suite.plans import HEADLINE
-from suite.ranges import score, sensitivity
+from suite.ranges import complete, score, sensitivity
 from suite.records import Records, Spread
-from suite.tables import table
+from suite.tables import share, table
 
 BEGIN, END = "<!-- stability: begin -->", "<!-- stability: end -->"
 REMEDIES = (
@@ -35,15 +35,14 @@ def live(records: Records) -> str:
         Markdown.
     """
     rows = []
-    everywhere = set(records.values("task", question="range"))
+    names = records.values("task", question="range")
     for method in HEADLINE:
-        names = records.values("task", question="range", method=method)
-        if set(names) == everywhere:  # a mean over some networks only would be compared with one over all
+        seeds = min(len(complete(records, task, method)) for task in names)
+        if seeds:  # a mean over some tasks only would be compared with one over all
             prices = [value for task in names for value in sensitivity(records, task, method).values]
-            seeds = min(len(records.values("seed", question="range", task=task, method=method)) for task in names)
-            counts = [str(len(names)), str(seeds)]
-            rows.append([method, *counts, f"{score(records, method, names):.2f}x", f"{Spread(tuple(prices)).mean:.2f}"])
-    head = ["in training", "networks", "seeds", "range of learning rates against unguarded"]
+            reached = f"{score(records, method, names):.2f}x"
+            rows.append([method, str(len(names)), str(seeds), reached, f"{Spread(tuple(prices)).mean:.2f}"])
+    head = ["in training", "tasks", "seeds", "range of learning rates against unguarded"]
     return table([*head, "learning-rate sensitivity (nats)"], rows)
 
 
@@ -64,19 +63,15 @@ def offline(records: Records) -> str:
             rows.append(
                 [
                     method,
-                    _share(late.alive, late.count),
-                    _share(late.ahead, late.count),
+                    share(late.alive, late.count),
+                    share(late.ahead, late.count),
                     f"{late.saved.middle:+.0f}",
-                    _share(early.alive, early.count),
+                    share(early.alive, early.count),
                 ]
             )
     head = ["dead checkpoints", *(f"{death} deaths: {len(found)}" for death, found in deaths.items())]
     late_columns = [f"{head[1]}, learn again", "ahead of a restart", "steps saved, median"]
     return table([head[0], *late_columns, f"{head[2]}, learn again"], rows)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %"
 
 
 def put(readme: Path, records: Records) -> None:

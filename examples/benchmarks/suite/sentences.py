@@ -4,7 +4,7 @@
 import statistics
 
 from suite import rescues
-from suite.ranges import best_rate, largest, quality, score, sensitivity
+from suite.ranges import best_rate, complete, largest, quality, score, sensitivity
 from suite.records import Records, learns, loss
 
 DEFAULT, REPAIR, GUARDED = "pss-default", "repair", "repair-guard"
@@ -58,8 +58,7 @@ def reach(records: Records) -> str:
     Returns:
         The sentence.
     """
-    names = records.values("task", question="range")
-    methods = [m for m in records.values("method", question="range") if _everywhere(records, m, names)]
+    names, methods = _compared(records)
     if DEFAULT not in methods or "nothing" not in methods:
         return ""
     best = max(methods, key=lambda method: score(records, method, names))
@@ -86,8 +85,7 @@ def price(records: Records) -> str:
     Returns:
         The sentence.
     """
-    names = records.values("task", question="range")
-    methods = [m for m in records.values("method", question="range") if _everywhere(records, m, names)]
+    names, methods = _compared(records)
     if DEFAULT not in methods:
         return ""
     parts = []
@@ -136,8 +134,11 @@ def interventions(records: Records) -> str:
     )
 
 
-def _everywhere(records: Records, method: str, names: list[str]) -> bool:
-    return all(largest(records, task, method) == largest(records, task, method) for task in names)
+def _compared(records: Records) -> tuple[list[str], list[str]]:
+    """The tasks, and the methods with a whole grid on each of them."""
+    names = records.values("task", question="range")
+    methods = records.values("method", question="range")
+    return names, [m for m in methods if all(complete(records, task, m) for task in names)]
 
 
 def rescue(records: Records, death: str) -> str:

@@ -2,13 +2,14 @@
 """Tables in Markdown from the results, good or bad."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from suite import rescues
 from suite.ranges import largest, open_ended, score
 from suite.records import Records, Spread, learns, loss
 from suite.remedies import CHANGED, DEADLY, USUAL_REMEDIES
+from suite.spec import Spec
 
 Row = list[str]
 
@@ -113,15 +114,13 @@ def rescue_table(records: Records, death: str) -> str:
         Markdown.
     """
     deaths = rescues.dead_checkpoints(records, death)
+    # Early deaths are younger than 200 steps.
+    remedies = [m for m in USUAL_REMEDIES if not (death == "early" and m == "back-200")]
     rows = []
-    for method in USUAL_REMEDIES:
-        if death == "early" and method == "back-200":
-            continue  # early deaths are younger than that
-        t, guarded = (rescues.tally(records, deaths, method, restart) for restart in ("restart", "restart-guard"))
-        if t.count:
-            ahead = [_share(t.ahead, t.count), _share(guarded.ahead, guarded.count)]
-            shares = [str(t.count), _share(t.alive, t.count), *ahead]
-            rows.append([method, *shares, t.gap.text(), t.behind.text(), t.saved.text(0)])
+    for method, t in _tallied(records, deaths, remedies):
+        guarded = rescues.tally(records, deaths, method, "restart-guard")
+        shares = [share(t.alive, t.count), share(t.ahead, t.count), share(guarded.ahead, guarded.count)]
+        rows.append([method, str(t.count), *shares, t.gap.text(), t.behind.text(), t.saved.text(0)])
     head = ["remedy", "dead checkpoints", "learn again", "ahead of the restart", "ahead of a restart with the guard"]
     return table([*head, "loss - restart", "loss - never diverged", "steps saved"], rows)
 
@@ -136,20 +135,10 @@ def deadly_table(records: Records) -> str:
         Markdown.
     """
     deaths = rescues.dead_checkpoints(records, "late", (0,))
-    rows = []
-    for method in DEADLY:
-        t = rescues.tally(records, deaths, method, "restart-guard-deadly")
-        if t.count:
-            rows.append(
-                [
-                    method,
-                    str(t.count),
-                    _share(t.alive, t.count),
-                    _share(t.ahead, t.count),
-                    t.gap.text(),
-                    t.behind.text(),
-                ]
-            )
+    rows = [
+        [m, str(t.count), share(t.alive, t.count), share(t.ahead, t.count), t.gap.text(), t.behind.text()]
+        for m, t in _tallied(records, deaths, DEADLY, "restart-guard-deadly")
+    ]
     other = "a restart with the guard, at that rate"
     head = ["at the rate that killed", "dead checkpoints", "learn again", f"ahead of {other}", f"loss - {other}"]
     return table([*head, "loss - never diverged"], rows)
@@ -165,11 +154,10 @@ def changed_table(records: Records) -> str:
         Markdown.
     """
     deaths = rescues.dead_checkpoints(records, "late", (0,))
-    rows = []
-    for method in CHANGED:
-        t = rescues.tally(records, deaths, method, "repair-deep")
-        if t.count:
-            rows.append([method, str(t.count), _share(t.alive, t.count), f"{t.ahead} of {t.count}", t.gap.text()])
+    rows = [
+        [m, str(t.count), share(t.alive, t.count), f"{t.ahead} of {t.count}", t.gap.text()]
+        for m, t in _tallied(records, deaths, CHANGED, "repair-deep")
+    ]
     head = ["remedy", "dead checkpoints", "learn again", "ends lower than repair-deep", "loss - repair-deep"]
     return table(head, rows)
 
@@ -276,7 +264,7 @@ def lead_table(records: Records) -> str:
                 blind += plain["death"] is not None
         if leads or blind:
             dying = [str(len(leads) + blind), str(blind), rescues.Middle(tuple(leads)).text(0)]
-            rows.append([method, *dying, str(len(alarms)), _share(sum(alarms), len(alarms))])
+            rows.append([method, *dying, str(len(alarms)), share(sum(alarms), len(alarms))])
     head = ["detector", "runs that die unguarded", "never fires", "lead in steps"]
     return table([*head, "runs that live unguarded", "fires there too"], rows)
 
@@ -294,5 +282,24 @@ def _times(records: Records, task: str, method: str) -> str:
     return f"{'≥ ' if open_ended(records, task, method) else ''}{value:g}x" if value else "none"
 
 
-def _share(part: int, whole: int) -> str:
+def _tallied(
+    records: Records, deaths: list[Spec], remedies: Iterable[str], restart: str = "restart"
+) -> Iterator[tuple[str, rescues.Tally]]:
+    """The remedies that were measured on some of the checkpoints."""
+    for remedy in remedies:
+        found = rescues.tally(records, deaths, remedy, restart)
+        if found.count:
+            yield remedy, found
+
+
+def share(part: int, whole: int) -> str:
+    """A share as tables show it.
+
+    Args:
+        part: how many.
+        whole: of how many.
+
+    Returns:
+        Percent, or a dash where there was nothing.
+    """
     return f"{100 * part / whole:.0f} %" if whole else "-"
