@@ -77,6 +77,10 @@ def factor(squares: Tensor, noise: float = 0.0) -> Factor:
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
     back = torch.linalg.solve_triangular(L, identity, upper=False)
     diagonals = torch.stack([L, squares]).diagonal(dim1=-2, dim2=-1).reshape(2, -1)
+    if L.dim() > 2:  # of many matrices only what counts leaves the device
+        least = (diagonals[0] / diagonals[1].sqrt()).min()
+        fall, shortest, failed = torch.stack([least, diagonals[1].min(), info.sum().double()]).tolist()
+        return Factor(L.mT, back, fall if not failed and shortest > noise * noise else 0.0)
     heights, lengths = diagonals.tolist()
     if bool(info.any()) or not min(lengths) > noise * noise:
         return Factor(L.mT, back, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pss_param.smoothing import Smoothing, correction
 
-__all__ = ["Factors", "factors_at", "factors_of", "no_change", "padded"]
+__all__ = ["Factors", "factors_at", "factors_of", "factors_together", "no_change", "padded"]
 
 
 class Factors(NamedTuple):
@@ -52,6 +52,35 @@ def factors_of(
     each = [_at(smoothing, level) for level in levels] or [smoothing] * len(parts)
     found = [correction(part, its, generator=generator) for part, its in zip(parts, each, strict=True)]
     return tuple(Factors(one.U * one.d.unsqueeze(-2), one.Vh) for one in found)
+
+
+def factors_together(
+    parts: Sequence[Tensor], smoothing: Smoothing, generator: torch.Generator, levels: Sequence[Tensor]
+) -> tuple[Factors, ...]:
+    r"""What :func:`factors_of` computes, of matrices of one shape that need not belong to one weight.
+
+    Args:
+        parts: The matrices ``(..., m, n)``, all of one shape.
+        smoothing: What is taken away.
+        generator: Source of the random sketch, which all share.
+        levels: Of each part, the levels ``(...)`` of the ``baseline`` edge.
+
+    Returns:
+        A pair for each part, as thin as the part allows.
+
+    Example:
+        >>> parts = [torch.diag(torch.tensor([6.0, 2.0, 2.0])), torch.eye(3)]
+        >>> pairs = factors_together(parts, Smoothing(rank=1), torch.Generator(), [])
+        >>> round(float((pairs[0].left @ pairs[0].right)[0, 0]), 4)
+        4.0
+    """
+    leveled = _at(smoothing, torch.stack(tuple(levels))) if levels else smoothing
+    one = correction(torch.stack(tuple(parts)), leveled, generator=generator)
+    left, ranks = one.U * one.d.unsqueeze(-2), one.k.flatten(1).amax(1) if one.k.dim() > 1 else one.k
+    return tuple(
+        Factors(left[i, ..., :rank].contiguous(), one.Vh[i, ..., :rank, :].contiguous())
+        for i, rank in enumerate(ranks.tolist())
+    )
 
 
 def _at(smoothing: Smoothing, level: Tensor) -> Smoothing:

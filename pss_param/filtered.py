@@ -179,7 +179,7 @@ def _at_most(gram: Tensor, rows: Tensor, x: float, weight: float) -> bool:
 
 
 def _found(W: Tensor, block: Block, seen: Spectrum, scale: Tensor, verdict: Verdict) -> Found:
-    Vh = block.rows[: verdict.k]
+    Vh = block.rows[: verdict.k].to(W.dtype)
     product = times(W, Vh.mT)
     length = torch.linalg.vector_norm(product, dim=0)
     residual = torch.tensor(seen.residual[: verdict.k], dtype=W.dtype, device=W.device)

@@ -59,6 +59,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -67,6 +68,7 @@ import torch
 from torch import Tensor
 
 from pss_param.blocks import INDEPENDENT, factor, gram, orthonormal
+from pss_param.eigen import eigh, eigvalsh, largest
 from pss_param.products import times, times_t
 
 
@@ -192,7 +194,7 @@ class Krylov:
         last, new = self._last, self._gram_of_rest
         squared = self.core.mT @ self.core
         squared[..., -last:, -last:] += new
-        squares, Y = torch.linalg.eigh(squared)  # in float64: their spread is the square of the matrix's
+        squares, Y = eigh(squared)  # in float64: their spread is the square of the matrix's
         squares, Y = squares.flip(-1).clamp_min_(0), Y.flip(-1)
         tail = Y[..., -last:, :]
         outside = (tail * (new @ tail)).sum(-2).clamp_min_(_TINY)  # ||T y_last||^2
@@ -203,24 +205,25 @@ class Krylov:
         share = outside / torch.maximum(squares, outside)
         return Ritz(squares.sqrt_(), (share * rest[..., None]).sqrt_(), Y, rest.sqrt(), squared, new)
 
-    def ceilings(self, ritz: Ritz, index: int, reference: float) -> list[float] | None:
-        r"""Upper bounds on the singular values of one matrix: Note [Ceilings] in :mod:`pss_param.certificate`.
+    def ceilings(self, ritz: Ritz, references: Mapping[int, float]) -> dict[int, list[float]]:
+        r"""Upper bounds on the singular values of some matrices: Note [Ceilings] in :mod:`pss_param.certificate`.
 
         Args:
             ritz: the present Ritz triplets.
-            index: which matrix of the batch.
-            reference: the bounds hold for values at and above this one, in scaled units.
+            references: by place in the batch; the bounds hold for values at and above, in scaled units.
 
         Returns:
-            A bound for each Ritz value, descending; ``None`` where the rest of the matrix reaches up to ``reference``.
+            A bound for each Ritz value, descending; not of matrices of which the rest reaches up to the reference.
         """
-        rest = float(ritz.rest.reshape(-1)[index]) ** 2
-        gap = reference * reference - rest
-        if gap <= 0:
-            return None
-        raised = self._one(ritz.gram, index).clone()
-        raised[-self._last :, -self._last :] += (rest / gap) * self._one(ritz.gram_of_new, index)
-        return [math.sqrt(max(value, 0.0)) for value in reversed(torch.linalg.eigvalsh(raised).tolist())]
+        rests = [rest * rest for rest in ritz.rest.reshape(-1).tolist()] if references else []
+        weights = {i: rests[i] / (c * c - rests[i]) for i, c in references.items() if c * c > rests[i]}
+        if not weights:
+            return {}
+        chosen = list(weights)
+        raised, new = (part.reshape(-1, *part.shape[-2:])[chosen] for part in (ritz.gram, ritz.gram_of_new))
+        raised[:, -self._last :, -self._last :] += new.new_tensor(list(weights.values()))[:, None, None] * new
+        values = eigvalsh(raised).flip(-1).clamp_min_(0).sqrt_()
+        return dict(zip(chosen, values.tolist(), strict=True))
 
     def expand(self, fresh: int, room: int | None = None) -> None:
         """Let what the last pass found join the other side, and multiply it: one pass over ``W``.
@@ -254,13 +257,29 @@ class Krylov:
         Returns:
             ``U (m, count), S (count,), Vh (count, n)``.
         """
-        S = ritz.S.reshape(-1, ritz.S.shape[-1])[index, :count]
-        Y = self._one(ritz.Y, index)[:, :count]
-        weights = torch.where(S > 0, Y / S, torch.zeros_like(Y))
-        known = self._one(self.core, index) @ weights
-        image = _combined(self._one(self.other, index), known)
-        image += _combined(self._one(self._rest, index), weights[-self._last :])
-        on_front = _combined(self._one(self.front, index), Y)
+        S, Y = ritz.S.reshape(-1, ritz.S.shape[-1])[index], self._one(ritz.Y, index)
+        bases = (self._one(part, index) for part in (self.core, self.other, self._rest, self.front))
+        return self._triplets(S[:count], Y[:, :count], *bases)
+
+    def all_triplets(self, ritz: Ritz, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading Ritz triplets of all matrices of a batch, in scaled units.
+
+        Args:
+            ritz: the present Ritz triplets.
+            count: how many triplets of each.
+
+        Returns:
+            ``U (B, m, count), S (B, count), Vh (B, count, n)``.
+        """
+        return self._triplets(ritz.S[..., :count], ritz.Y[..., :count], self.core, self.other, self._rest, self.front)
+
+    def _triplets(
+        self, S: Tensor, Y: Tensor, core: Tensor, other: Tensor, rest: Tensor, front: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = torch.where(S[..., None, :] > 0, Y / S[..., None, :], torch.zeros_like(Y))
+        image = _combined(other, core @ weights)
+        image += _combined(rest, weights[..., -self._last :, :])
+        on_front = _combined(front, Y)
         S = S.to(image.dtype)
         return (image, S, on_front.mT) if self.forward else (on_front, S, image.mT)
 
@@ -272,7 +291,7 @@ class Krylov:
             if columns >= gram.shape[-1]:
                 break
             seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / min(self.W.shape[-2:]))
-            bounds.append(torch.linalg.eigvalsh(gram[..., -columns:, -columns:])[..., -1] * max(1.0, 4 / seen))
+            bounds.append(largest(gram[..., -columns:, -columns:]) * max(1.0, 4 / seen))
         return bounds
 
     @staticmethod

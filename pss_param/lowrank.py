@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pss_param.errors import NonFiniteError
+from pss_param.precision import full_precision
 
 # Elements of W that one step of an in-place correction holds in float32 beside the stored dtype.
 _ROW_BLOCK_ELEMENTS = 1 << 22
@@ -80,7 +81,7 @@ class Correction:
         """
         if self.is_noop:
             return W
-        with torch.autocast(W.device.type, enabled=False):
+        with full_precision(W.device):
             left = self.U * self.d[..., None, :]
             rows = max(1, _ROW_BLOCK_ELEMENTS // max(1, W.numel() // W.shape[-2]))
             for start in range(0, W.shape[-2], rows):

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from pss_param.resharding import ThinSaving, reshard, resting_layout
+from pss_param.sharded import is_sharded
 from pss_param.slot import Slot
+from pss_param.together import Together, may_join
 from pss_param.view import SmoothingView
 
 __all__ = ["open_views", "stand_by"]
@@ -43,6 +45,7 @@ def open_views(
         view.open(levels)
         slot = slots[view.label][0]
         view.resting = resting_layout(model, slot.module, slot.weight)
+    _join(slots, views)
     if not eager:
         for view in views:
             if view.resting is not None:
@@ -52,6 +55,20 @@ def open_views(
         view.prepare(slots[view.label][0].weight)
     ranks = [pair.right.shape[-2] for view in views for pair in view.factors or ()]
     return max(padded_rank, 1 << (max(ranks, default=1) - 1).bit_length())
+
+
+def _join(slots: Mapping[str, list[Slot]], views: Iterable[SmoothingView]) -> None:
+    """Let views whose weights are whole at any time find their directions together."""
+    members = {}
+    for view in views:
+        slot = slots[view.label][0]
+        whole = view.resting is None and not is_sharded(slot.weight)
+        if whole and may_join(slot.weight, view.smoothing):
+            members[view] = (slot.module, slot.name)
+    if len(members) > 1:
+        together = Together(members)
+        for view in members:
+            view.together = together
 
 
 def stand_by(

@@ -14,6 +14,13 @@ r"""Dominant triplets of a batch of matrices: which algorithm serves which matri
 
 A matrix whose pieces lie on several devices is never put together: its iteration goes on, to a full basis if need be.
 
+# Note [Many matrices on a GPU]
+There a pass over a matrix takes as long as reading it, and small eigenvalue problems, one after the other, ten times as
+long. So the matrices of a batch share every kernel (Note [Many small eigenproblems] in :mod:`pss_param.eigen`), and two
+passes are spent on finding out how narrow the block may be: the guess is the largest of the batch, up to three times
+what is needed. Up to 1024 the whole spectrum serves (Note [Squares on a GPU] in :mod:`pss_param.whole`), unless nothing
+lies above the level that was asked for (:mod:`pss_param.below`).
+
 # Note [Crowded edges]
 A block of ``b`` random columns converges by the gap between the edge ``c`` and the value ``a`` that it ends with: two
 passes multiply what is wanted by ``e^acosh(2 c^2 / a^2 - 1)`` over what is not, and ``e^7`` of that is what a
@@ -42,12 +49,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pss_param.blocks import gram, orthonormal
 from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
+from pss_param.eigen import largest
 from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix, Ritz
-from pss_param.products import FULL_WIDTH
-from pss_param.whole import dense
+from pss_param.products import FULL_WIDTH, times, times_t
+from pss_param.whole import WHOLE_BELOW_ON_GPU, dense_all
 
 _HALF_A_TILE = 8
 """Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
@@ -83,7 +92,8 @@ _FIRST_LEAP, _LEAP = 0.75, 0.5
 _LONGEST_FIRST, _LONGEST_LEAP = 8, 4
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
-_CUDA_CHUNK = 1 << 29
+_CUDA_WORKSPACE = 1 << 32  # bytes that the bases of a batch may take; the matrices themselves are not copied
+_WORKSPACE = 3 * 128 * 4  # of a row or column: two bases of 128 columns, and as much again on the way
 _ALIGNED = 64  # bytes
 _ROW_BLOCK = 1 << 22  # elements of W that a measurement by rows holds twice
 
@@ -103,7 +113,8 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     """
     if not W.is_cuda and W.data_ptr() % _ALIGNED:
         W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
-    size = max(1, (_CUDA_CHUNK if W.is_cuda else _CPU_CHUNK) // (W.shape[1] * W.shape[2]))
+    m, n = W.shape[1:]
+    size = max(1, _CUDA_WORKSPACE // (_WORKSPACE * (m + n)) if W.is_cuda else _CPU_CHUNK // (m * n))
     scale = norms.masked_fill(norms == 0, 1.0)
     found = []
     for start_row in range(0, W.shape[0], size):
@@ -137,8 +148,8 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
     least = min(W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if least <= _WHOLE_BELOW or _BLOCKS_THAT_PAY * wanted >= least:
-        return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
+    if least <= (WHOLE_BELOW_ON_GPU if W.is_cuda else _WHOLE_BELOW) or _BLOCKS_THAT_PAY * wanted >= least:
+        return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
     if init is not None and init.shape[-1] * _WIDEST >= least:
         init = None  # wider than the iteration may become
     if len(requests) == 1:  # without the batch dimension a product is a plain one, which is faster on a CPU
@@ -148,15 +159,16 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
         krylov = Krylov(W, scale, seed)
     block = _first_block(krylov, requests, init)
     if block.shape[-1] * _WIDE_START >= least and init is None and _filterable(requests):
-        return [dense(W[i], scale[i], request, seed) for i, request in enumerate(requests)]
+        return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
+    if W.is_cuda and len(requests) > 1 and init is None:
+        block = _narrowed(krylov, block, requests)
     krylov.start(block)
     ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST, warm=init is not None)
-    return [
-        _leading(krylov, ritz, i, verdict)
-        if verdict is not None
-        else dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i, requests[i]))
-        for i, verdict in enumerate(verdicts)
-    ]
+    found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
+    left = [i for i, one in found.items() if one is None]
+    starts = {i: _directions(krylov, ritz, i, requests[i]) for i in left}
+    found.update(zip(left, dense_all(W, scale, requests, seed, starts), strict=True))
+    return [one for one in found.values() if one is not None]
 
 
 def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
@@ -188,6 +200,14 @@ def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -
         block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
 
 
+def _narrowed(krylov: Krylov, block: Tensor, requests: list[Request]) -> Tensor:
+    """No more columns of a sketch than are needed, as two more passes tell: Note [Many matrices on a GPU]."""
+    back = times_t(krylov.W, orthonormal(block)) * krylov.inverse_scale
+    tops = largest(gram(times(krylov.W, orthonormal(back)) * krylov.inverse_scale)).sqrt().tolist()
+    ranks = [_count(top, request) for top, request in zip(tops, requests, strict=True)]
+    return block[..., : min(block.shape[-1], _tiles(max(ranks) + OVERSAMPLING))]
+
+
 def _tiles(columns: int) -> int:
     """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``."""
     return math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
@@ -197,8 +217,8 @@ def _guess(sketch: Tensor) -> int:
     """A stable rank from a sketch ``Z = W Omega (..., m, b)``: the largest of the batch."""
     # The Gram matrix of Z has the identity as its mean, and a dominant direction adds about b / SR to its largest
     # eigenvalue. The guess is right within a factor of two or three up to a stable rank of 2 b, and low beyond.
-    gram = (sketch.mT @ sketch).double()
-    top = torch.linalg.eigvalsh(gram)[..., -1].min()
+    squares = (sketch.mT @ sketch).double()
+    top = largest(squares).min()
     return math.floor(sketch.shape[-1] / max(float(top) - 1.0, 0.05))
 
 
@@ -283,28 +303,34 @@ def _next_leap(worst: float, before: float, passes: int) -> int:
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:
     f = ritz.S.shape[-1]
     values, residuals = torch.stack([ritz.S.reshape(-1, f), ritz.residual.reshape(-1, f)]).tolist()  # one sync a step
-    verdicts = []
+    spectra, verdicts = [], []
     for i, request in enumerate(requests):
         seen = _spectrum(krylov, values[i], residuals[i])
         verdict = judge(seen, request)
         if verdict.faint and isinstance(krylov.W, Tensor):
             seen = replace(seen, tail=_tail(_matrix(krylov.W, i), krylov, ritz, i, max(0, len(seen.S) - OVERSAMPLING)))
             verdict = judge(seen, request)
-        verdicts.append(verdict if verdict.enough else _closer(krylov, ritz, i, seen, verdict, request))
-    return verdicts
+        spectra.append(seen)
+        verdicts.append(verdict)
+    return _closer(krylov, ritz, spectra, verdicts, requests)
 
 
-def _closer(krylov: Krylov, ritz: Ritz, index: int, seen: Spectrum, verdict: Verdict, request: Request) -> Verdict:
+def _closer(
+    krylov: Krylov, ritz: Ritz, spectra: list[Spectrum], verdicts: list[Verdict], requests: list[Request]
+) -> list[Verdict]:
     """A second look with ceilings, where what they cost may save passes: where the residuals are small enough."""
-    level = request.level if request.level is not None else verdict.bulk_edge if request.bulk else verdict.edge
-    if not (verdict.k < len(seen.S) and level > 0 and leak(seen, level, verdict.k) <= request.tol):
-        return verdict
-    ceilings = krylov.ceilings(ritz, index, level)
-    if ceilings is None:
-        return verdict
-    second = judge(replace(seen, ceilings=ceilings), request)
-    # The ceilings hold down to the first verdict's edge; while much is unseen, the plain residuals may say more.
-    return second if second.k <= verdict.k and second.error < verdict.error else verdict
+    levels, better = {}, list(verdicts)
+    for i, (seen, verdict, request) in enumerate(zip(spectra, verdicts, requests, strict=True)):
+        level = request.level if request.level is not None else verdict.bulk_edge if request.bulk else verdict.edge
+        near = not verdict.enough and verdict.k < len(seen.S) and level > 0
+        if near and leak(seen, level, verdict.k) <= request.tol:
+            levels[i] = level
+    for i, ceilings in krylov.ceilings(ritz, levels).items():
+        second = judge(replace(spectra[i], ceilings=ceilings), requests[i])
+        # The ceilings hold down to the first verdict's edge; while much is unseen, the plain residuals may say more.
+        if second.k <= verdicts[i].k and second.error < verdicts[i].error:
+            better[i] = second
+    return better
 
 
 def _verdict(krylov: Krylov, ritz: Ritz, request: Request) -> Verdict:
@@ -332,7 +358,22 @@ def _tail(W: Tensor, krylov: Krylov, ritz: Ritz, index: int, count: int) -> tupl
 
 
 def _leading(krylov: Krylov, ritz: Ritz, index: int, verdict: Verdict) -> Found:
-    U, S, Vh = krylov.triplets(ritz, index, verdict.k)
+    return _found(krylov.triplets(ritz, index, verdict.k), ritz, index, verdict)
+
+
+def _all_leading(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict | None]) -> list[Found | None]:
+    """The results of those that have their verdict, computed together where there are several."""
+    most = max((verdict.k for verdict in verdicts if verdict is not None), default=0)
+    if len(verdicts) == 1 or not most:
+        return [None if one is None else _leading(krylov, ritz, i, one) for i, one in enumerate(verdicts)]
+    U, S, Vh = krylov.all_triplets(ritz, most)
+    return [
+        None if one is None else _found((U[i, :, : one.k], S[i, : one.k], Vh[i, : one.k]), ritz, i, one)
+        for i, one in enumerate(verdicts)
+    ]
+
+
+def _found(triplets: tuple[Tensor, Tensor, Tensor], ritz: Ritz, index: int, verdict: Verdict) -> Found:
     f = ritz.S.shape[-1]
-    residual = ritz.residual.reshape(-1, f)[index, : verdict.k].to(S.dtype)
-    return Found(U, S, Vh, residual, float(ritz.S.reshape(-1, f)[index, 0]), verdict)
+    residual = ritz.residual.reshape(-1, f)[index, : verdict.k].to(triplets[1].dtype)
+    return Found(*triplets, residual, float(ritz.S.reshape(-1, f)[index, 0]), verdict)

@@ -19,6 +19,7 @@ from torch import Tensor
 from pss_param.certificate import STABLE_RANK_SLACK, Request, stable_rank_of
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.found import Found
+from pss_param.precision import full_precision
 from pss_param.sharded import ShardedMatrix, is_sharded
 from pss_param.solver import solve, solve_sharded
 
@@ -174,7 +175,7 @@ def dominant_directions(
         flat = _widened(flat, norms)
     requests = _requests(rank, above, tol, batch, norms)
     start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
-    with torch.autocast(W.device.type, enabled=False):
+    with full_precision(W.device):
         found = solve(flat, norms, requests, _seed(generator), start)
         return _gathered(found, norms, requests, batch, flat)
 
@@ -191,7 +192,7 @@ def _of_sharded(
     rank, above, tol = wanted
     requests = _requests(rank, above, tol, torch.Size(), norms)
     init = None if init is None else init.to(W.device, W.dtype)[None]
-    with torch.autocast(W.device.type, enabled=False):
+    with full_precision(W.device):
         found = solve_sharded(W, norms, requests[0], _seed(generator), init)
         return _gathered([found], norms, requests, torch.Size(), found.U)
 

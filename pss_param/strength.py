@@ -57,11 +57,13 @@ class Growth:
         times: median over the measured matrices, dimensionless.
         seen: the same as a clause; empty where nothing could be measured.
         limit: from which growth on a repair is deep.
+        flatness: median stable rank over that of fresh ones; 0 where it is known how the weights were drawn.
     """
 
     times: float
     seen: str
     limit: float = GROWN
+    flatness: float = 0.0
 
     @property
     def strength(self) -> str:
@@ -138,8 +140,8 @@ def measure_growth(source: TensorSource, options: RepairOptions) -> Growth:
         return Growth(0.0, "")
     times = median(one.growth for one in measures)
     seen = f"{_which(plan)} have {times:.1f} x the spectral norm of {whose} (median of {len(measures)})"
-    flat = median(one.flatness for one in measures) >= FLAT
-    return Growth(times, seen, FLAT_GROWN if flat else GROWN)
+    flatness = median(one.flatness for one in measures)
+    return Growth(times, seen, FLAT_GROWN if flatness >= FLAT else GROWN, flatness)
 
 
 def _which(plan: Plan) -> str:

@@ -31,9 +31,11 @@ from pss_param.errors import ArgumentError, NonFiniteError, StateError
 from pss_param.factors import Factors, factors_at, factors_of, no_change, padded
 from pss_param.matricize import Matricization
 from pss_param.pending import PendingReads
+from pss_param.precision import full_precision
 from pss_param.resharding import ThinSaving
 from pss_param.sharded import Cut, Layout, cut_product, is_sharded, local_part, local_product
 from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing
+from pss_param.together import Together
 
 __all__ = ["SmoothingView", "inside_backward", "refuse_inside_backward"]
 
@@ -93,6 +95,7 @@ class SmoothingView(nn.Module):
         self.levels: tuple[Tensor, ...] = ()
         self.pending = PendingReads()
         self.resting: Layout | None = None
+        self.together: Together | None = None
         self.thin: ThinSaving | None = None
         # The views of one guard share both, so that it need not ask each of them at every step.
         self.opened: set[str] = set()
@@ -196,9 +199,9 @@ class SmoothingView(nn.Module):
         refuse_inside_backward("a gate cannot be folded")
         with torch.no_grad():
             # Not through .data: autograd has to see that a tensor it saved was changed.
-            factors = self._decompose(weight) if self.factors is None else self.factors
+            factors = self._found(weight) if self.factors is None else self.factors
             if self._is_one_product(weight, factors):
-                with torch.autocast(weight.device.type, enabled=False):
+                with full_precision(weight.device):
                     weight.addmm_(*factors_at(weight, factors[0]), alpha=-1)
             else:
                 weight.copy_(self.apply_factors(weight, factors))
@@ -228,7 +231,7 @@ class SmoothingView(nn.Module):
         self.is_open, self.is_read, self.was_read, self.factors, self.levels = False, False, False, None, ()
         self.opened.discard(self.label)
         self.pending = PendingReads()
-        self.resting = None
+        self.resting = self.together = None
         if self.thin is not None:
             self.thin.remove()
             self.thin = None
@@ -246,7 +249,7 @@ class SmoothingView(nn.Module):
         Returns:
             The smoothed weight, bit for bit what the next read returns and what a fold stores.
         """
-        factors = self._decompose(weight) if self.factors is None else self.factors
+        factors = self._found(weight) if self.factors is None else self.factors
         return self.apply_factors(weight, factors)
 
     def prepare(self, weight: Tensor) -> tuple[Factors, ...]:
@@ -259,7 +262,7 @@ class SmoothingView(nn.Module):
             One pair of factors per matrix (or batch of matrices) that the weight acts as.
         """
         if self.factors is None:
-            self.factors = self._decompose(weight)
+            self.factors = self._found(weight)
         return self.factors
 
     def pad_factors(self, rank: int) -> None:
@@ -283,15 +286,21 @@ class SmoothingView(nn.Module):
             the casts is differentiated.
         """
         # Autocast would run the product in bfloat16, an error of 1e-4.
-        with torch.autocast(weight.device.type, enabled=False):
-            if self._is_one_product(weight, factors):
-                return torch.addmm(weight, *factors_at(weight, factors[0]), alpha=-1)
-            with torch.no_grad():
-                delta = self._delta(weight, factors)
-            if delta._base is not None:  # autograd refuses to write into a view made without gradients
-                return (weight.to(delta.dtype) - delta).to(weight.dtype)
-            # In the buffer of the product: an open gate needs one more weight at a time, not two.
-            return delta.neg_().add_(weight).to(weight.dtype)
+        if torch.compiler.is_compiling():
+            with torch.autocast(weight.device.type, enabled=False):
+                return self._subtracted(weight, factors)
+        with full_precision(weight.device):
+            return self._subtracted(weight, factors)
+
+    def _subtracted(self, weight: Tensor, factors: tuple[Factors, ...]) -> Tensor:
+        if self._is_one_product(weight, factors):
+            return torch.addmm(weight, *factors_at(weight, factors[0]), alpha=-1)
+        with torch.no_grad():
+            delta = self._delta(weight, factors)
+        if delta._base is not None:  # autograd refuses to write into a view made without gradients
+            return (weight.to(delta.dtype) - delta).to(weight.dtype)
+        # In the buffer of the product: an open gate needs one more weight at a time, not two.
+        return delta.neg_().add_(weight).to(weight.dtype)
 
     def _is_one_product(self, weight: Tensor, factors: tuple[Factors, ...]) -> bool:
         # Then one kernel reads and writes the weight once, and in place it gives the same bits as into a new tensor.
@@ -325,10 +334,27 @@ class SmoothingView(nn.Module):
             return Cut()
         return self.resting.cut_of(weight)
 
-    def _decompose(self, weight: Tensor) -> tuple[Factors, ...]:
+    def generator(self, device: torch.device) -> torch.Generator:
+        r"""The source of random numbers of the present opening.
+
+        Args:
+            device: Where it draws.
+
+        Returns:
+            A fresh generator.
+        """
+        return torch.Generator(device=device).manual_seed(self._seed_now())
+
+    def _found(self, weight: Tensor) -> tuple[Factors, ...]:
+        """The directions: Note [Found together] of together.py, or this weight's by themselves."""
         # inference_mode would make tensors that a later training step cannot use.
         with torch.inference_mode(False), torch.no_grad():
-            generator = torch.Generator(device=weight.device).manual_seed(self._seed_now())
+            found = None if self.together is None else self.together.factors_of(self)
+        return self._decompose(weight) if found is None else found
+
+    def _decompose(self, weight: Tensor) -> tuple[Factors, ...]:
+        with torch.inference_mode(False), torch.no_grad():
+            generator = self.generator(weight.device)
             try:
                 parts = self._matrices(weight.detach())
                 return factors_of(parts, self.smoothing, generator, self.levels)

@@ -11,6 +11,7 @@ up to the size of 2048 x 2048, `torch.linalg.svd` once, at 4096 x 4096.
     python examples/benchmarks/spectra.py                        # the whole grid: some 40 minutes on two cores
     python examples/benchmarks/spectra.py --shapes 512x512 --redo
     python examples/benchmarks/spectra.py --layer                # one layer of Llama-2-7B's shapes too
+    python examples/benchmarks/spectra.py --model                # only all its layers, on a GPU of 40 GB or more
     python examples/benchmarks/spectra.py --report               # table and README from the results that are there
 
 A cell that has its numbers is not measured again. Needs `pip install -e ".[test]"`.
@@ -27,11 +28,13 @@ import torch
 from decomposition.cases import SPECTRA, case
 from decomposition.layer import layer
 from decomposition.measuring import full_svd, measure
+from decomposition.model import model
 from decomposition.report import put, table
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "spectra.json"
+GPU_RESULTS = RESULTS.with_name("spectra-gpu.json")
 README = RESULTS.parents[3] / "README.md"
 SHAPES = "512x512,1024x1024,768x3072,2048x2048,4096x4096,8192x2048,4096x11008"
 FULL = "4096x4096"
@@ -98,13 +101,18 @@ def shown(report: dict) -> Table:
 @click.option("--threads", default=2, show_default=True, help="torch threads.")
 @click.option("--redo", is_flag=True, help="Measure cells again that have their numbers.")
 @click.option("--layer", "with_layer", is_flag=True, help="Add one layer of Llama-2-7B's shapes.")
+@click.option("--model", "gpu_results", type=click.Path(path_type=Path), is_flag=False, flag_value=GPU_RESULTS,
+              help="Measure all layers on a GPU, and nothing else; the file for the numbers.")  # fmt: skip
 @click.option("--report", "only_report", is_flag=True, help="Tables from the results; measure nothing.")
 @click.option("--json", "out", type=click.Path(path_type=Path), default=RESULTS, help="Where the numbers go.")
 def main(
     shapes: str, spectra: str, targets: str, repeats: int, threads: int, redo: bool, with_layer: bool,
-    only_report: bool, out: Path,
+    gpu_results: Path | None, only_report: bool, out: Path,
 ) -> None:  # fmt: skip
     """Measure what is missing, then print the table and write the README's."""
+    if gpu_results is not None:
+        gpu_results.write_text(json.dumps(model(1e-2), indent=1) + "\n", encoding="utf-8")
+        only_report = True
     torch.set_num_threads(threads)
     grid = [(s, k, float(t)) for s in shapes.split(",") for k in spectra.split(",") for t in targets.split(",")]
     report = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
@@ -117,9 +125,10 @@ def main(
             report["layer"] = layer(1e-2, threads)
         save(report, out)
     Console(width=_WIDTH).print(shown(report))
-    click.echo(table(report))
+    gpu = json.loads(GPU_RESULTS.read_text(encoding="utf-8")) if GPU_RESULTS.exists() else None
+    click.echo(table(report, gpu))
     if out == RESULTS:
-        put(README, report)
+        put(README, report, gpu)
 
 
 if __name__ == "__main__":

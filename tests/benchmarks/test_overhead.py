@@ -27,7 +27,7 @@ STORED = json.loads(overhead.RESULTS.read_text(encoding="utf-8"))
 def test_the_readme_shows_the_stored_figures(tmp_path):
     copy = tmp_path / "README.md"
     shutil.copy(overhead.README, copy)
-    overhead_table.put(copy, STORED)
+    overhead_table.put(copy, STORED, overhead.stored_gpu())
     assert copy.read_text(encoding="utf-8") == overhead.README.read_text(encoding="utf-8"), (
         "run python examples/benchmarks/overhead.py --report"
     )

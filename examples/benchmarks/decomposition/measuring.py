@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -30,38 +31,48 @@ def timed(call: Callable[[], Triplets]) -> tuple[float, Triplets]:
     return time.perf_counter() - start, found
 
 
-def cheapest(
-    made: Case, target: float, calls: list[Callable[[], Triplets]], ours_s: float
-) -> tuple[Callable[[], Triplets], float] | None:
-    """The fastest of the settings, cheapest first, that reach the target, and its seconds; looks at three that do."""
-    reached: list[tuple[float, Callable[[], Triplets]]] = []
+class Missed(NamedTuple):
+    """No settings reached the target; the longest call that was tried."""
+
+    seconds: float
+
+
+class Pick(NamedTuple):
+    """The settings that count, and what one call with them took."""
+
+    seconds: float
+    call: Callable[[], Triplets]
+
+
+def cheapest(made: Case, target: float, calls: list[Callable[[], Triplets]], ours_s: float) -> Pick | Missed:
+    """The fastest of the settings, cheapest first, that reach the target; looks at three that do."""
+    reached: list[Pick] = []
+    longest = 0.0
     for call in calls:
         torch.manual_seed(0)
         seconds, found = timed(call)
+        longest = max(longest, seconds)
         if made.error(found) <= target:
-            reached.append((seconds, call))
+            reached.append(Pick(seconds, call))
         if len(reached) == 3 or seconds > _HOPELESS * ours_s + 0.2:
             break
-    if not reached:
-        return None
-    seconds, call = min(reached, key=lambda item: item[0])
-    return call, seconds
+    return min(reached, key=lambda pick: pick.seconds) if reached else Missed(longest)
 
 
 def measure(made: Case, target: float, repeats: int, every: bool) -> dict[str, object]:
     """Our time, error and bound, and each rival's ratio to our time; the least of interleaved runs counts."""
     timed(lambda: ours(made, target))
     seconds, found = timed(lambda: ours(made, target))
-    mine, picks = [seconds], {}
-    for name, calls in settings(made, every).items():
-        picks[name] = cheapest(made, target, calls, seconds)
-    theirs = {name: [pick[1]] for name, pick in picks.items() if pick}
+    mine = [seconds]
+    tried = {name: cheapest(made, target, calls, seconds) for name, calls in settings(made, every).items() if calls}
+    picks = {name: pick for name, pick in tried.items() if isinstance(pick, Pick)}
+    theirs = {name: [pick.seconds] for name, pick in picks.items()}
     for _ in range(max(repeats, min(_MOST, int(_ENOUGH / seconds)))):
         if mine[0] < _LONG:
             mine.append(timed(lambda: ours(made, target))[0])
         for name, times in theirs.items():
             if times[0] < _LONG:
-                times.append(timed(picks[name][0])[0])
+                times.append(timed(picks[name].call)[0])
     return {
         "ms": 1e3 * min(mine),
         "warm_ms": 1e3 * warm_start(made, target, 1 if mine[0] > _LONG else repeats),
@@ -69,7 +80,7 @@ def measure(made: Case, target: float, repeats: int, every: bool) -> dict[str, o
         "bound": float(pss.dominant_directions(made.W, tol=target).error),
         "k": made.k,
         "ratios": {name: min(times) / min(mine) for name, times in theirs.items()},
-        "missed": [name for name, pick in picks.items() if not pick],
+        "missed": {name: miss.seconds / min(mine) for name, miss in tried.items() if isinstance(miss, Missed)},
     }
 
 

@@ -11,6 +11,8 @@ from suite.records import Records
 from suite.remedies import CHANGED, DEADLY, USUAL_REMEDIES
 from suite.rescues import USUAL
 from suite.spec import Spec
+from suite.states import DEAD, HEALTHY
+from suite.states import DYING as ON_THE_WAY
 from suite.task import tasks
 
 HEADLINE = (
@@ -164,6 +166,28 @@ def healthy(names: tuple[str, ...], seeds: range) -> Iterator[Spec]:
                 yield Spec("healthy", task, remedy, seed, 1.0, "late")
 
 
+def states(names: tuple[str, ...], seeds: range, dying: tuple[int, ...] = (0,)) -> Iterator[Spec]:
+    """What a repair judges by, in health and after a death.
+
+    Args:
+        names: tasks.
+        seeds: seeds.
+        dying: steps at the deadly rate; other than the usual only for late deaths.
+
+    Yields:
+        Spec: one look.
+    """
+    for seed in seeds:
+        for task in names:
+            for steps in dying:
+                if steps == 0:
+                    yield Spec("state", task, HEALTHY, seed, 1.0, "late")
+                    yield Spec("state", task, DEAD, seed, 1.0, "late")
+                    yield Spec("state", task, DEAD, seed, 1.0, "early")
+                else:
+                    yield Spec("state", task, DEAD, seed, 1.0, "late", steps)
+
+
 def quick() -> list[Spec]:
     """What can be answered in a quarter of an hour on two cores.
 
@@ -210,6 +234,7 @@ def full() -> list[Spec]:
         runs += rescues(ABLATION_TASKS, RECOVERY, only, DYING)
         runs += healthy(names, only)
     runs += [*rescues(CHEAP, CORE, range(3, 5), USUAL), *ranges(CHEAP, HEADLINE, range(3, 5), (*LOW, *GRID))]
+    runs += [*states(names, range(3)), *states(CHEAP, range(3, 5)), *states(ABLATION_TASKS, range(3), ON_THE_WAY)]
     return list(dict.fromkeys([*runs, *healthy(CHEAP, range(3, 5))]))
 
 

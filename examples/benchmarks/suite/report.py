@@ -61,6 +61,7 @@ def sections(records: Records) -> dict[str, str]:
         "Rescue of early deaths, by task: repair with the guard": tables.task_table(records, "early", "repair-guard"),
         "Rescue of early deaths, one by one: final losses": tables.seeds_table(records, "early"),
         sentences.HEALTHY: tables.healthy_table(records),
+        sentences.STATES: tables.states_table(records),
         sentences.RECOVERY: tables.recovery_table(records),
         sentences.CHANGED: tables.changed_table(records),
     }

@@ -17,6 +17,7 @@ from suite.records import Records, learns
 from suite.remedies import resume
 from suite.rescues import alive
 from suite.spec import Spec
+from suite.states import state
 from suite.store import Store, origin
 from suite.task import tasks
 from suite.training import outcome, train
@@ -33,6 +34,8 @@ def measure(spec: Spec) -> dict[str, object]:
     Returns:
         What is kept of it.
     """
+    if spec.question == "state":
+        return state(spec, dead(*spec.checkpoint))
     if spec.question != "range":
         return resume(spec, dead(*spec.checkpoint))
     task = tasks()[spec.task]

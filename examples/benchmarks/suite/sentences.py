@@ -3,7 +3,7 @@
 
 import statistics
 
-from suite import rescues
+from suite import rescues, states
 from suite.ranges import best_rate, complete, largest, quality, score, sensitivity
 from suite.records import Records, learns, loss
 
@@ -21,6 +21,7 @@ LATE = "Rescue of late deaths"
 DEADLY = "Rescue of late deaths at the rate that killed"
 EARLY = "Rescue of early deaths, at the rate that killed"
 HEALTHY = "Repair of healthy checkpoints"
+STATES = "What a repair judges by: medians of the matrices inside the blocks"
 RECOVERY = "How late a repair still works"
 CHANGED = "Rescue of late deaths: a deep repair with one thing changed"
 
@@ -44,6 +45,7 @@ def tell(records: Records) -> dict[str, str]:
         DEADLY: deadly(records),
         EARLY: rescue(records, "early"),
         HEALTHY: healthy(records),
+        STATES: judged(records),
         RECOVERY: recovery(records),
         CHANGED: changed(records),
     }
@@ -223,6 +225,29 @@ def healthy(records: Records) -> str:
     return (
         f"Against going on without a repair, the default one cost {losses[len(losses) // 2]:+.2f} nats in the median "
         f"of {len(losses)} healthy checkpoints after as many steps again, {losses[-1]:+.2f} at worst."
+    )
+
+
+def judged(records: Records) -> str:
+    """What growth tells healthy checkpoints from dead ones, and how often.
+
+    Args:
+        records: all results.
+
+    Returns:
+        The sentence.
+    """
+    seen: dict[str, list[dict[str, object]]] = {}
+    for task in records.values("task", question="state"):
+        for what, found in states.checkpoints(records, task):
+            seen.setdefault(what.removeprefix("late ").removeprefix("early "), []).extend(found)
+    whole, dead = seen.get("healthy", []), seen.get("death", [])
+    if not whole or not dead:
+        return ""
+    spared, caught = (sum(r["strength"] == kind for r in some) for kind, some in (("gentle", whole), ("deep", dead)))
+    return (
+        f"A repair without options would be gentle with {spared} of {len(whole)} healthy checkpoints, and deep with "
+        f"{caught} of {len(dead)} dead ones."
     )
 
 

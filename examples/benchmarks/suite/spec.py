@@ -10,10 +10,11 @@ class Spec:
     """One training run.
 
     Args:
-        question: "range" (train from scratch), "rescue" (train on from a dead checkpoint) or "healthy" (train on from a
-            healthy one).
+        question: "range" (train from scratch), "rescue" (train on from a dead checkpoint), "healthy" (train on from a
+            healthy one) or "state" (only look at a checkpoint).
         task: name in :func:`suite.task.tasks`.
-        method: name in `suite.methods.METHODS` ("range") or `suite.remedies.REMEDIES` (the others).
+        method: name in `suite.methods.METHODS` ("range") or `suite.remedies.REMEDIES` ("rescue" and "healthy"), or
+            which checkpoint: "healthy" or "dead" ("state").
         seed: of the weights and of the data.
         multiple: learning rate as a multiple of the task's.
         death: "early", "late" or "" where nothing dies.

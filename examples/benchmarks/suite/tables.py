@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from suite import rescues
+from suite import rescues, states
 from suite.ranges import largest, open_ended, score
 from suite.records import Records, Spread, learns, loss
 from suite.remedies import CHANGED, DEADLY, USUAL_REMEDIES
@@ -219,6 +219,37 @@ def healthy_table(records: Records) -> str:
             numbers = ([r[name] for r in found if r[name] is not None] for name in ("held_out_at_start", "final"))
             rows.append([task, method, *(str(Spread(tuple(values))) for values in numbers)])
     return table(["task", "remedy", "held-out loss at once", "training loss after going on"], rows)
+
+
+def states_table(records: Records) -> str:
+    """What a repair without options judges by, and what it would be.
+
+    Args:
+        records: all results.
+
+    Returns:
+        Markdown.
+    """
+    rows = []
+    for task in records.values("task", question="state"):
+        for what, found in states.checkpoints(records, task):
+            if found:
+                spans = [_span([r[name] for r in found]) for name in ("growth", "flatness")]
+                deep = sum(r["strength"] == "deep" for r in found)
+                rows.append([task, what, str(len(found)), *spans, f"{deep} of {len(found)}"])
+    head = [
+        "task",
+        "checkpoints",
+        "number",
+        "growth: spectral norm over a fresh one's",
+        "stable rank over a fresh one's",
+    ]
+    return table([*head, "a repair is deep"], rows)
+
+
+def _span(values: list[float]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def recovery_table(records: Records) -> str:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Products in the full precision of their type, whatever the program around them has chosen for its own.
+
+``torch.set_float32_matmul_precision("high")``, in nearly every training script for a GPU, makes products of float32
+keep 10 bits of the mantissa (TF32; ``"medium"`` 7 on some CPUs), and autocast makes them bfloat16's. A residual that is
+measured so is rounding, and a certificate that rests on it says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["full_precision"]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    r"""Multiply in full precision inside of the block, and as before behind it.
+
+    Not for programs under ``torch.compile``, which cannot set the precision of their products.
+
+    Args:
+        device: where the products are.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> before = torch.get_float32_matmul_precision()
+        >>> torch.set_float32_matmul_precision("medium")
+        >>> with full_precision(torch.device("cpu")):
+        ...     print(torch.backends.mkldnn.matmul.fp32_precision)
+        ieee
+        >>> torch.set_float32_matmul_precision(before)
+    """
+    with torch.autocast(device.type, enabled=False), _ieee(device.type):
+        yield
+
+
+@contextmanager
+def _ieee(kind: str) -> Iterator[None]:
+    products = _products(kind)
+    if products is None:
+        with _ieee_before_2_9():
+            yield
+        return
+    before = products.fp32_precision
+    if before in {"ieee", "none"}:  # nothing is set, so that nobody's own setting is pinned
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def _products(kind: str) -> Any:
+    backend: Any = torch.backends.cuda.matmul if kind == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    return backend if hasattr(backend, "fp32_precision") else None
+
+
+@contextmanager
+def _ieee_before_2_9() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The directions of all weights that were opened at once, found together.
+
+# Note [Found together]
+On a GPU a decomposition is hundreds of small kernels, and takes as long for one matrix as for twenty: 16 ms for a
+768 x 768 on an H100, where a training step of a GPT-2 with 48 such weights takes 44. So the first read of one of
+several gates that were opened at once finds the directions of all of them, matrices of one shape in one batch. The
+views keep what concerns them; the weights are the ones that this read sees, since nothing changes a weight between the
+optimizer's step and the end of the backward pass that follows.
+
+What a matrix was batched with may change the last bits of its directions. So whoever wants those bits, a read, a
+checkpoint or a fold, gets them from here, and the same as long as no weight is changed.
+
+A CPU, which is busy with one matrix, gains nothing; weights of which a rank holds pieces are found one by one, because
+they are whole only inside their own forward pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
+
+from torch import Tensor, nn
+
+from pss_param.errors import NonFiniteError
+from pss_param.factors import Factors, factors_together
+from pss_param.smoothing import WHOLE_MATRIX_SHAPES, Smoothing
+
+if TYPE_CHECKING:
+    from pss_param.view import SmoothingView
+
+__all__ = ["Together", "may_join"]
+
+_MOST_ELEMENTS = 1 << 27
+"""Of matrices that are copied into one batch: half a gigabyte in float32."""
+
+
+class _Part(NamedTuple):
+    """One matrix of one weight."""
+
+    view: SmoothingView
+    number: int
+    values: Tensor
+    level: Tensor | None
+
+
+def may_join(weight: Tensor, smoothing: Smoothing) -> bool:
+    r"""Whether the directions of a weight are to be found together with those of others.
+
+    Args:
+        weight: The stored weight, a plain tensor.
+        smoothing: Its smoothing.
+
+    Returns:
+        The answer of Note [Found together].
+    """
+    return weight.is_cuda and smoothing.shape not in WHOLE_MATRIX_SHAPES
+
+
+class Together:
+    r"""Weights that were opened at once. Their views hold this, so it holds them and their modules only weakly.
+
+    Args:
+        views: The views, and of each the module and the name of the stored weight.
+    """
+
+    def __init__(self, views: Mapping[SmoothingView, tuple[nn.Module, str]]) -> None:
+        self._places = [(ref(view), ref(module), name) for view, (module, name) in views.items()]
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._found: dict[str, tuple[Factors, ...]] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """Nothing: a copy of a layer must not drag the others along; its view finds its directions by itself."""
+
+    def factors_of(self, view: SmoothingView) -> tuple[Factors, ...] | None:
+        r"""The directions of one weight, found anew for all whenever a weight has changed.
+
+        Args:
+            view: One of the views.
+
+        Returns:
+            Its factors; ``None`` where it is to find them by itself: a weight of the batch is not finite.
+        """
+        present = self._present()
+        seen = {view.label: (weight.data_ptr(), weight._version) for view, weight in present.items()}
+        if not seen.items() <= self._seen.items():  # those that were folded meanwhile no longer matter
+            self._seen = seen
+            try:
+                self._found = _find(present)
+            except NonFiniteError:  # the view that meets it says which weight that is
+                self._found = {}
+        return self._found.get(view.label)
+
+    def _present(self) -> dict[SmoothingView, Tensor]:
+        places = [(view(), module(), name) for view, module, name in self._places]
+        weights = {
+            view: module._parameters.get(name)
+            for view, module, name in places
+            if view is not None and module is not None and view.is_open
+        }
+        return {view: weight for view, weight in weights.items() if weight is not None}
+
+
+def _find(weights: Mapping[SmoothingView, Tensor]) -> dict[str, tuple[Factors, ...]]:
+    parts = [part for view, weight in weights.items() for part in _parts_of(view, weight.detach())]
+    found: dict[tuple[str, int], Factors] = {}
+    for batch in _batches(parts):
+        first = batch[0]
+        levels = [part.level for part in batch if part.level is not None]
+        pairs = factors_together(
+            [part.values for part in batch], first.view.smoothing, first.view.generator(first.values.device), levels
+        )
+        found.update({(part.view.label, part.number): pair for part, pair in zip(batch, pairs, strict=True)})
+    counts = Counter(part.view.label for part in parts)
+    return {label: tuple(found[label, number] for number in range(count)) for label, count in counts.items()}
+
+
+def _parts_of(view: SmoothingView, weight: Tensor) -> list[_Part]:
+    values = view.matricization.split(weight)
+    levels = view.levels or (None,) * len(values)
+    return [_Part(view, i, part, level) for i, (part, level) in enumerate(zip(values, levels, strict=True))]
+
+
+def _batches(parts: list[_Part]) -> list[list[_Part]]:
+    groups: dict[object, list[_Part]] = {}
+    for part in parts:
+        rule = part.view.smoothing
+        if part.level is not None:  # the level says all that the rule's own numbers would
+            rule = replace(rule, init_std=None, reference=None)
+        key = tuple(part.values.shape), part.values.dtype, part.values.device, rule
+        groups.setdefault(key, []).append(part)
+    batches = []
+    for group in groups.values():
+        size = max(1, _MOST_ELEMENTS // max(1, group[0].values.numel()))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
