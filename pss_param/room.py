@@ -9,7 +9,7 @@ times that of a fresh one. Two kinds do not, and have to grow:
   steps. Held at the norm of fresh ones they cost 0.4 nats at its own learning rate (``default-no-room``), with this
   room nothing;
 - kernels before a batch norm, which divides their scale out again: what they gain in norm only slows them down. They
-  reach 4 to 7 times a fresh one's in health.
+  reach five times a fresh one's in health (the median).
 
 So a live guard lets recurrent weights grow to :data:`LIVE` fresh norms before it holds them, and a deep repair brings
 both kinds down to :data:`DEEP` instead of to the size of fresh ones, and leaves their spectrum below that alone.
