@@ -11,10 +11,10 @@ lost next to nothing. In a post-norm GPT and a perceptron five steps at the dead
 lived; ten 2.2 to 3.1, and what went on from there fell behind; twenty 3.5 to 5.1, and they were dead. Kernels before a
 batch norm grow without harm, to 5 times a fresh one's in health and more than 35 in death, so theirs counts over
 :data:`pss_param.room.DEEP`. Growth is no proof: recurrent matrices (10 times in health, 5 to 19 in death) and all after
-very long training (6 in a pretrained MiniLM) have outgrown fresh ones as well, and numbers alone cannot tell. So the choice is told, with its reason and the other
-one; a healthy checkpoint as ``reference`` takes the place of the fresh matrices, and :func:`pss_param.probe_repairs` of
-all guessing. Where it is wrong, it costs little: a deep repair lost healthy networks 0.08 nats at most after as many
-steps again.
+very long training (6 in a pretrained MiniLM) have outgrown fresh ones as well, and numbers alone cannot tell. So the
+choice is told, with its reason and the other one; a healthy checkpoint as ``reference`` takes the place of the fresh
+matrices, and :func:`pss_param.probe_repairs` of all guessing. Where it is wrong, it costs little: a deep repair lost
+healthy networks 0.08 nats at most after as many steps again.
 
 # Note [Grown, or drawn larger]
 Where no config and no option says how a fresh matrix was drawn, PyTorch's own rule is taken, and other initialisers
