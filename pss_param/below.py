@@ -32,7 +32,7 @@ __all__ = ["nothing_above"]
 _SQUARINGS = 8
 _ROUNDING = 1e-5
 """The part of the tolerance that is kept for the rounding of a float32 weight's norm."""
-_MOST_ELEMENTS = 1 << 26  # of W, worked on at once in float64
+_MOST_ELEMENTS = 1 << 24  # of W, worked on at once in float64: the peak is some ten times their bytes in float32
 
 
 def nothing_above(W: Tensor, scale: Tensor, requests: list[Request], which: list[int]) -> dict[int, Found]:
@@ -60,7 +60,7 @@ def nothing_above(W: Tensor, scale: Tensor, requests: list[Request], which: list
 
 def _gram(W: Tensor, scale: Tensor) -> Tensor:
     """Of the smaller side, in float64."""
-    wide = W.double() / scale.double()[:, None, None]
+    wide = W.to(torch.float64, copy=True).div_(scale.double()[:, None, None])
     return wide.mT @ wide if W.shape[1] >= W.shape[2] else wide @ wide.mT
 
 

@@ -23,6 +23,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pss_param.products import on_gpu
+
 __all__ = ["block_jacobi", "eigh", "eigvalsh", "largest"]
 
 _IN_ONE_KERNEL = 32
@@ -76,7 +78,7 @@ def largest(A: Tensor) -> Tensor:
         >>> float(largest(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))))
         3.0
     """
-    return bound_by_powers(A) if A.is_cuda else torch.linalg.eigvalsh(A)[..., -1]
+    return bound_by_powers(A) if on_gpu(A) else torch.linalg.eigvalsh(A)[..., -1]
 
 
 def bound_by_powers(A: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def bound_by_powers(A: Tensor) -> Tensor:
 
 
 def _in_rounds(A: Tensor) -> bool:
-    return A.is_cuda and A.dim() > 2 and A.shape[-1] > _IN_ONE_KERNEL and math.prod(A.shape[:-2]) >= _MANY
+    return on_gpu(A) and A.dim() > 2 and A.shape[-1] > _IN_ONE_KERNEL and math.prod(A.shape[:-2]) >= _MANY
 
 
 def block_jacobi(A: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -143,7 +145,8 @@ def _padded(A: Tensor) -> tuple[Tensor, Tensor]:
     if width > f:
         whole = A.new_zeros(*A.shape[:-2], width, width)
         whole[..., :f, :f] = A
-        whole[..., f:, f:] = -identity[f:, f:]
+        size = torch.linalg.matrix_norm(A)
+        whole[..., f:, f:] = -identity[f:, f:] * size.masked_fill(size == 0, 1.0)[..., None, None]
         A = whole
     return A, identity.expand_as(A)
 

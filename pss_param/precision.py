@@ -21,7 +21,8 @@ __all__ = ["full_precision"]
 def full_precision(device: torch.device) -> Iterator[None]:
     r"""Multiply in full precision inside of the block, and as before behind it.
 
-    Not for programs under ``torch.compile``, which cannot set the precision of their products.
+    The setting is the process's, as in torch itself: other threads multiply in full precision meanwhile. Not for
+    programs under ``torch.compile``, which cannot set the precision of their products.
 
     Args:
         device: where the products are.
@@ -30,12 +31,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
         Nothing.
 
     Example:
-        >>> before = torch.get_float32_matmul_precision()
-        >>> torch.set_float32_matmul_precision("medium")
-        >>> with full_precision(torch.device("cpu")):
-        ...     print(torch.backends.mkldnn.matmul.fp32_precision)
-        ieee
-        >>> torch.set_float32_matmul_precision(before)
+        >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
     """
     with torch.autocast(device.type, enabled=False), _ieee(device.type):
         yield
@@ -49,14 +47,16 @@ def _ieee(kind: str) -> Iterator[None]:
             yield
         return
     before = products.fp32_precision
-    if before in {"ieee", "none"}:  # nothing is set, so that nobody's own setting is pinned
+    if before in {"ieee", "none"}:
         yield
         return
+    products.fp32_precision = "none"
+    own = "none" if products.fp32_precision == before else before  # what was inherited is to be so again
     products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        products.fp32_precision = own
 
 
 def _products(kind: str) -> Any:

@@ -32,6 +32,18 @@ _BEYOND_CACHE = 1 << 24
 """Elements of a matrix from which threads share the products from the right better than those from the left."""
 
 
+def on_gpu(W: Tensor) -> bool:
+    """Whether kernels of a GPU work on a tensor, where other algorithms pay than on a CPU.
+
+    Args:
+        W: any tensor.
+
+    Returns:
+        The answer.
+    """
+    return W.is_cuda
+
+
 def times(W: Tensor | Matrix, X: Tensor) -> Tensor:
     """``W @ X``.
 

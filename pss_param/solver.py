@@ -55,7 +55,7 @@ from pss_param.eigen import largest
 from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix, Ritz
-from pss_param.products import FULL_WIDTH, times, times_t
+from pss_param.products import FULL_WIDTH, on_gpu, times, times_t
 from pss_param.whole import WHOLE_BELOW_ON_GPU, dense_all
 
 _HALF_A_TILE = 8
@@ -111,10 +111,10 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
     Returns:
         One result a matrix.
     """
-    if not W.is_cuda and W.data_ptr() % _ALIGNED:
+    if not on_gpu(W) and W.data_ptr() % _ALIGNED:
         W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     m, n = W.shape[1:]
-    size = max(1, _CUDA_WORKSPACE // (_WORKSPACE * (m + n)) if W.is_cuda else _CPU_CHUNK // (m * n))
+    size = max(1, _CUDA_WORKSPACE // (_WORKSPACE * (m + n)) if on_gpu(W) else _CPU_CHUNK // (m * n))
     scale = norms.masked_fill(norms == 0, 1.0)
     found = []
     for start_row in range(0, W.shape[0], size):
@@ -148,7 +148,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
     least = min(W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if least <= (WHOLE_BELOW_ON_GPU if W.is_cuda else _WHOLE_BELOW) or _BLOCKS_THAT_PAY * wanted >= least:
+    if least <= (WHOLE_BELOW_ON_GPU if on_gpu(W) else _WHOLE_BELOW) or _BLOCKS_THAT_PAY * wanted >= least:
         return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
     if init is not None and init.shape[-1] * _WIDEST >= least:
         init = None  # wider than the iteration may become
@@ -160,10 +160,13 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     block = _first_block(krylov, requests, init)
     if block.shape[-1] * _WIDE_START >= least and init is None and _filterable(requests):
         return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
-    if W.is_cuda and len(requests) > 1 and init is None:
+    if on_gpu(W) and len(requests) > 1 and init is None:
         block = _narrowed(krylov, block, requests)
     krylov.start(block)
-    ritz, verdicts = _iterate(krylov, requests, widest=least // _WIDEST, warm=init is not None)
+    widest = least // _WIDEST
+    if on_gpu(W):  # what needs more columns than there is memory for goes on by itself
+        widest = min(widest, _CUDA_WORKSPACE // (8 * len(requests) * sum(W.shape[1:])))
+    ritz, verdicts = _iterate(krylov, requests, widest, warm=init is not None)
     found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
     left = [i for i, one in found.items() if one is None]
     starts = {i: _directions(krylov, ritz, i, requests[i]) for i in left}

@@ -132,6 +132,9 @@ def dominant_directions(
 
     .. math:: W \approx U \,\mathrm{diag}(S)\, V^H + \text{tail}, \qquad k = \lfloor \mathrm{SR}(W) \rfloor
 
+    Values that exceed a level by so little that lowering them would change the matrix by less than ``tol`` may be left
+    out: on a GPU the question whether all of them do comes first (:mod:`pss_param.below`).
+
     ``k`` is capped at ``min(m, n) - 1``, so that there is a value left to be the edge. A stable rank within 1e-4
     (relative) below an integer counts as that integer: Note [An integer stable rank].
 

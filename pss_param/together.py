@@ -9,7 +9,7 @@ views keep what concerns them; the weights are the ones that this read sees, sin
 optimizer's step and the end of the backward pass that follows.
 
 What a matrix was batched with may change the last bits of its directions. So whoever wants those bits, a read, a
-checkpoint or a fold, gets them from here, and the same as long as no weight is changed.
+checkpoint or a fold, gets them from here, and the same as long as the weight has the same norm.
 
 A CPU, which is busy with one matrix, gains nothing; weights of which a rank holds pieces are found one by one, because
 they are whole only inside their own forward pass.
@@ -17,12 +17,14 @@ they are whole only inside their own forward pass.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from pss_param.errors import NonFiniteError
@@ -52,12 +54,12 @@ def may_join(weight: Tensor, smoothing: Smoothing) -> bool:
 
     Args:
         weight: The stored weight, a plain tensor.
-        smoothing: Its smoothing.
+        smoothing: Its smoothing; a callable edge is to see one weight at a time.
 
     Returns:
         The answer of Note [Found together].
     """
-    return weight.is_cuda and smoothing.shape not in WHOLE_MATRIX_SHAPES
+    return weight.is_cuda and smoothing.shape not in WHOLE_MATRIX_SHAPES and not callable(smoothing.edge)
 
 
 class Together:
@@ -69,37 +71,43 @@ class Together:
 
     def __init__(self, views: Mapping[SmoothingView, tuple[nn.Module, str]]) -> None:
         self._places = [(ref(view), ref(module), name) for view, (module, name) in views.items()]
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._found: dict[str, tuple[Factors, ...]] = {}
+        self._found: dict[str, tuple[float, tuple[Factors, ...] | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """Nothing: a copy of a layer must not drag the others along; its view finds its directions by itself."""
 
-    def factors_of(self, view: SmoothingView) -> tuple[Factors, ...] | None:
-        r"""The directions of one weight, found anew for all whenever a weight has changed.
+    def factors_of(self, view: SmoothingView, weight: Tensor) -> tuple[Factors, ...] | None:
+        r"""The directions of one weight, found anew with those of all that are still wanted if it has changed.
 
         Args:
             view: One of the views.
+            weight: Its stored weight.
 
         Returns:
-            Its factors; ``None`` where it is to find them by itself: a weight of the batch is not finite.
+            Its factors; ``None`` where it is to find them by itself: a weight of the batch is not finite, or there is
+            no memory for all at once.
         """
-        present = self._present()
-        seen = {view.label: (weight.data_ptr(), weight._version) for view, weight in present.items()}
-        if not seen.items() <= self._seen.items():  # those that were folded meanwhile no longer matter
-            self._seen = seen
-            try:
-                self._found = _find(present)
-            except NonFiniteError:  # the view that meets it says which weight that is
-                self._found = {}
-        return self._found.get(view.label)
+        # Not by the version of the tensor, which fused optimizers and .data leave as it is.
+        norm = float(torch.linalg.vector_norm(weight.detach()))
+        before, factors = self._found.get(view.label, (math.nan, None))
+        if before == norm:
+            return factors
+        present = self._wanted()
+        norms = [torch.linalg.vector_norm(one.detach()) for one in present.values()]
+        labels = dict(zip((member.label for member in present), torch.stack(norms).tolist(), strict=True))
+        try:
+            found = _find(present)
+        except (NonFiniteError, torch.OutOfMemoryError):  # a view by itself says which weight it is, or needs less
+            found = {}
+        self._found = {label: (size, found.get(label)) for label, size in labels.items()}
+        return found.get(view.label)
 
-    def _present(self) -> dict[SmoothingView, Tensor]:
+    def _wanted(self) -> dict[SmoothingView, Tensor]:
         places = [(view(), module(), name) for view, module, name in self._places]
         weights = {
             view: module._parameters.get(name)
             for view, module, name in places
-            if view is not None and module is not None and view.is_open
+            if view is not None and module is not None and view.is_open and view.factors is None
         }
         return {view: weight for view, weight in weights.items() if weight is not None}
 
@@ -120,7 +128,7 @@ def _find(weights: Mapping[SmoothingView, Tensor]) -> dict[str, tuple[Factors, .
 
 def _parts_of(view: SmoothingView, weight: Tensor) -> list[_Part]:
     values = view.matricization.split(weight)
-    levels = view.levels or (None,) * len(values)
+    levels = view.levels if view.smoothing.edge == "baseline" and view.levels else (None,) * len(values)
     return [_Part(view, i, part, level) for i, (part, level) in enumerate(zip(values, levels, strict=True))]
 
 
@@ -128,7 +136,7 @@ def _batches(parts: list[_Part]) -> list[list[_Part]]:
     groups: dict[object, list[_Part]] = {}
     for part in parts:
         rule = part.view.smoothing
-        if part.level is not None:  # the level says all that the rule's own numbers would
+        if part.level is not None:  # it says all that the rule's own numbers would
             rule = replace(rule, init_std=None, reference=None)
         key = tuple(part.values.shape), part.values.dtype, part.values.device, rule
         groups.setdefault(key, []).append(part)

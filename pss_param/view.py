@@ -17,7 +17,8 @@ moved in between would give wrong gradients without an error. It is noticed as f
   autograd graph; the token goes when backward passes it or when the graph is dropped. While one is left,
   discarding is refused.
 - Folded between forward and backward: harmless, and so allowed. The stored weight then has, bit for bit, the
-  values that the reads had.
+  values that the reads had (but for reads of compiled programs on a GPU that is told to multiply in TF32: their
+  products cannot be told otherwise, and differ by TF32's rounding of what is taken away).
 """
 
 import hashlib
@@ -349,7 +350,7 @@ class SmoothingView(nn.Module):
         """The directions: Note [Found together] of together.py, or this weight's by themselves."""
         # inference_mode would make tensors that a later training step cannot use.
         with torch.inference_mode(False), torch.no_grad():
-            found = None if self.together is None else self.together.factors_of(self)
+            found = None if self.together is None else self.together.factors_of(self, weight)
         return self._decompose(weight) if found is None else found
 
     def _decompose(self, weight: Tensor) -> tuple[Factors, ...]:

@@ -5,7 +5,8 @@ r"""One matrix by its Gram matrix: the filtered block, the whole spectrum, or an
 On a GPU the Gram matrix and all that comes of it are float64: there the eigenvalues of a float64 matrix take no longer
 than those of a float32 one (768 x 768 on an H100: 8.7 ms against 8.8), the products of float32 are less exact than a
 CPU's, and squares of float64 keep the digits of all values down to 1e-6 of the largest, so that an SVD, which takes
-four to eight times as long there (35 ms), is hardly ever needed. On a CPU float64 costs twice the time.
+four to eight times as long there (35 ms), is hardly ever needed. GPUs that are not made for float64 may lose some of
+that. On a CPU float64 costs twice the time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pss_param.below import nothing_above
 from pss_param.certificate import Request, Spectrum, judge
 from pss_param.filtered import WIDEST, dominant_by_filter
 from pss_param.found import Found
-from pss_param.products import times
+from pss_param.products import on_gpu, times
 
 # Below, the eigenvalues of all cost less than the many small operations of a filter (1.6 ms at 192 with one thread).
 _FILTER_FROM = 192
@@ -48,7 +49,7 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
         return dense(W.mT, scale, request, seed, start).of_transpose
     m, n = W.shape
     # The least value of a nearly square matrix is lost in the square.
-    if request.rank == n and m < 2 * n and not W.is_cuda:
+    if request.rank == n and m < 2 * n and not on_gpu(W):
         return _whole_by_svd(W / scale.to(W.dtype), request)
     if not _SQUARABLE[0] < float(scale) < _SQUARABLE[1]:
         reach = -round(math.log2(torch.finfo(W.dtype).tiny))
@@ -57,7 +58,7 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
         W, scale = W * shrink, scale * shrink
     gram = _gram(W, scale)
     some = request.level is None and not request.bulk and (request.rank is None or 0 < request.rank < n)
-    if some and n > (WHOLE_BELOW_ON_GPU if W.is_cuda else _FILTER_FROM - 1):
+    if some and n > (WHOLE_BELOW_ON_GPU if on_gpu(W) else _FILTER_FROM - 1):
         found = _by_filter(W, gram, scale, request, seed, start)
         if found is not None:
             return found
@@ -79,7 +80,7 @@ def dense_all(
     Returns:
         One result for each of ``starts``.
     """
-    small = W.is_cuda and min(W.shape[1:]) <= WHOLE_BELOW_ON_GPU
+    small = on_gpu(W) and min(W.shape[1:]) <= WHOLE_BELOW_ON_GPU
     found = nothing_above(W, scale, requests, list(starts)) if small else {}
     return [found[i] if i in found else dense(W[i], scale[i], requests[i], seed, start) for i, start in starts.items()]
 
@@ -104,7 +105,7 @@ def _gaussian(gram: Tensor, columns: int, seed: int) -> Tensor:
 
 def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
     """By all eigenvalues of the Gram matrix."""
-    arithmetic = gram.dtype if W.is_cuda else W.dtype
+    arithmetic = gram.dtype if on_gpu(W) else W.dtype
     eps, tiny = torch.finfo(arithmetic).eps, torch.finfo(arithmetic).tiny
     values, V = torch.linalg.eigh(gram)
     S = values.clamp_min(0).sqrt().flip(0).to(arithmetic)
@@ -114,12 +115,12 @@ def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
     stored = torch.finfo(W.dtype).eps
     verdict = judge(Spectrum(S.tolist(), residual.tolist(), (W.shape[0], W.shape[1]), True, stored), request)
     lowest = max(verdict.edge, request.level or 0.0, 0.0 if math.isnan(verdict.bulk_edge) else verdict.bulk_edge)
-    if W.is_cuda and verdict.k == len(S):
+    if on_gpu(W) and verdict.k == len(S):
         lowest = float(S[-1])
     if not (verdict.error <= request.tol and lowest > _COARSE * math.sqrt(eps) * float(S[0])):
         return _whole_by_svd(W / scale.to(W.dtype), request)
     V = V.mT.flip(0)[: verdict.k].to(arithmetic).mT
-    product = times(W.to(arithmetic), V)
+    product = times(W, V) if arithmetic == W.dtype else torch.cat([r.double() @ V for r in _row_blocks(W)])
     length = torch.linalg.vector_norm(product, dim=0)
     U, lengths = product / length, length / scale.to(arithmetic)
     U, lengths, Vh, residual = (part.to(W.dtype) for part in (U, lengths, V.mT, residual[: verdict.k]))
@@ -131,17 +132,34 @@ _COARSE = 30.0
 
 _WIDE_GRAM = 64  # columns up to which a Gram matrix in float64 costs little beside its eigenvalues
 
+_ROW_BLOCK = 1 << 24  # elements
+
 _LEAF = 256  # columns below which halving a Gram matrix saves nothing
 
 
 def _gram(W: Tensor, scale: Tensor) -> Tensor:
     """``W^T W / ||W||_F^2``, in float64 where that costs little beside the eigenvalues: if small, and on a GPU."""
     inverse = 1.0 / scale
-    if W.shape[1] <= _WIDE_GRAM or W.is_cuda:
+    if on_gpu(W):
+        return _wide_gram(W).mul_(inverse.square())
+    if W.shape[1] <= _WIDE_GRAM:
         W = W.double()
     product = W.new_empty(W.shape[1], W.shape[1])
     _square_into(product, W)
     return product.mul_(inverse.square().to(W.dtype))
+
+
+def _row_blocks(W: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(W, max(1, _ROW_BLOCK // W.shape[1]))
+
+
+def _wide_gram(W: Tensor) -> Tensor:
+    """``W^T W`` in float64, of which only some rows at a time are held in it."""
+    product = W.new_zeros(W.shape[1], W.shape[1], dtype=torch.float64)
+    for rows in _row_blocks(W):
+        wide = rows.double()
+        product.addmm_(wide.mT, wide)
+    return product
 
 
 def _square_into(out: Tensor, W: Tensor) -> None:

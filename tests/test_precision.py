@@ -15,6 +15,7 @@ from pss_param.precision import full_precision
 from pss_param.view import SmoothingView
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="what is looked at is torch 2.9's")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,20 @@ def test_inside_products_are_full_and_behind_them_as_chosen(chosen: str, device:
     with full_precision(torch.device(device)):
         assert backend.fp32_precision in {"ieee", "none"}
     assert settings() == before
+
+
+def test_a_setting_that_was_inherited_is_inherited_again() -> None:
+    before = torch.backends.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with full_precision(CPU):
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
 
 
 def test_an_error_inside_leaves_the_settings_as_chosen() -> None:

@@ -116,3 +116,43 @@ def test_values_of_zero_do_not_spoil_the_gram_matrix(monkeypatch):
     assert bool(found.converged)
     torch.testing.assert_close(found.S.double(), S[: int(found.k)], rtol=1e-5, atol=0)
     torch.testing.assert_close(float(found.edge), float(S[int(found.k)]), rtol=1e-5, atol=0)
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch):
+    for name in ("solver", "whole", "eigen"):
+        monkeypatch.setattr(f"pss_param.{name}.on_gpu", lambda W: True)
+    monkeypatch.setattr("pss_param.whole.WHOLE_BELOW_ON_GPU", 128)
+    monkeypatch.setattr("pss_param.solver.WHOLE_BELOW_ON_GPU", 128)
+
+
+def clipped(W: torch.Tensor, level: float) -> torch.Tensor:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return W - (U * (S - level).clamp_min(0)) @ Vh
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("asked", ["count", "rank", "level", "bulk"])
+@pytest.mark.parametrize("shape", [(100, 90), (200, 230), (330, 270)], ids=str)
+def test_the_algorithms_for_a_gpu_keep_the_certificate(shape, asked):
+    least = min(shape)
+    falling = [with_spectrum(*shape, power(least, 0.3 + 0.05 * i), seed=i) * 10.0 ** (i - 8) for i in range(17)]
+    exact = torch.stack([*falling, gaussian(*shape)])
+    levels = 0.6 * torch.linalg.matrix_norm(exact, 2)
+    options = {"rank": {"rank": 5}, "level": {"above": levels}, "bulk": {"above": "bulk"}}.get(asked, {})
+    found = dominant_directions(exact.float(), tol=1e-3, **options)
+    assert bool(found.converged.all())
+    reached = {"level": levels, "bulk": found.bulk_edge}.get(asked, found.edge).double()
+    for i, W in enumerate(exact):
+        d = (found.S[i].double() - reached[i]).clamp_min(0)
+        ours = W - (found.U[i].double() * d) @ found.Vh[i].double()
+        true = torch.linalg.svdvals(W)[int(found.k[i])] if asked in ("count", "rank") else reached[i]
+        assert float((ours - clipped(W, float(true))).norm() / W.norm()) <= float(found.error[i]) + 1e-6
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_all_directions_of_a_square_matrix_are_orthonormal_on_a_gpu():
+    W = gaussian(100, 100).float()
+    found = dominant_directions(W, rank=100)
+    torch.testing.assert_close(found.U.mT @ found.U, torch.eye(100), rtol=0, atol=1e-4)
+    torch.testing.assert_close((found.U * found.S) @ found.Vh, W, rtol=0, atol=1e-3)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,18 +90,61 @@ def test_a_checkpoint_a_read_and_a_fold_have_the_same_bits(batches: list[int]) -
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
-def test_weights_that_move_before_the_first_read_are_decomposed_anew(batches: list[int]) -> None:
+@pytest.mark.parametrize("way", ["in place", "data", "fused"])
+def test_weights_that_move_before_the_first_read_are_decomposed_anew(way: str, batches: list[int]) -> None:
     model, guard = opened()
     model.state_dict()
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.parametrizations.weight.original.mul_(2)
-    before = [layer.parametrizations.weight.original.clone() for layer in model.layers]
+    weights = [layer.parametrizations.weight.original for layer in model.layers]
+    if way == "fused":  # which leaves the versions of tensors as they are
+        optimizer = torch.optim.SGD(weights, lr=1.0, fused=True)
+        for weight in weights:
+            weight.grad = -weight.detach()
+        optimizer.step()
+    elif way == "data":
+        for weight in weights:
+            weight.data.copy_(2 * weight.data)
+    else:
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(2)
+    before = [float(torch.linalg.matrix_norm(weight.detach(), 2)) for weight in weights]
     model(torch.ones(2, 24))
     assert sorted(batches) == [1, 1, 4, 4]
     guard.fold()
     for layer, old in zip(model.layers, before, strict=True):
-        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) < 0.9 * float(torch.linalg.matrix_norm(old.detach(), 2))
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) < 0.9 * old
+
+
+def test_each_weight_has_its_own_fresh_size() -> None:
+    model = spiked(Network())
+    guard = pss.attach(model, targets="all", edge="init")
+    views = list(guard.views.values())
+    for view, std in zip(views, (0.02, 0.002, 0.02, 0.002, 0.02), strict=True):
+        view.smoothing = replace(view.smoothing, init_std=std)
+    guard._open(views)
+    for view in views:  # as a detector that has measured them passes what it knows
+        view.levels = (torch.tensor(1.0),)
+    for layer, std in zip(model.layers, (0.02, 0.002, 0.02, 0.002), strict=True):
+        norm = float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
+        assert norm == pytest.approx(2 * 24**0.5 * std, rel=0.05)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, pss.NonFiniteError])
+def test_what_cannot_be_found_together_is_found_one_by_one(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Any:
+        raise error("no")
+
+    monkeypatch.setattr(together, "factors_together", fails)
+    model, guard = opened()
+    before = float(torch.linalg.matrix_norm(model.layers[1].parametrizations.weight.original.detach(), 2))
+    model(torch.ones(2, 24))
+    guard.fold()
+    assert float(torch.linalg.matrix_norm(model.layers[1].weight.detach(), 2)) < 0.9 * before
+
+
+def test_callable_edges_see_one_weight_at_a_time() -> None:
+    weight = torch.ones(3, 3)
+    assert not together.may_join(weight, pss.Smoothing(edge=lambda W: W.norm()))
 
 
 def test_large_groups_are_cut(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +186,7 @@ def test_levels_of_a_live_run_are_each_weights_own() -> None:
         model(torch.ones(2, 24)).square().mean().backward()
         guard.step()
         optimizer.step()
-    levels = {name: float(torch.linalg.matrix_norm(w, 2)) for name, w in model.named_parameters()}
+    levels = {name: float(torch.linalg.matrix_norm(w.detach(), 2)) for name, w in model.named_parameters()}
     spiked(model)
     with guard.preview(), torch.no_grad():
         for name, shown in (("layers.1.weight", model.layers[1].weight), ("layers.3.weight", model.layers[3].weight)):

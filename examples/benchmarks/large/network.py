@@ -58,7 +58,7 @@ class GPT2(GPT2LMHeadModel):
 
 
 def build(size: Size, device: str) -> GPT2:
-    """A fresh network, drawn where it is to lie."""
+    """A fresh network, drawn where it is to lie: on a GPU from its own global random state."""
     config = GPT2Config(
         vocab_size=size.vocabulary, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
