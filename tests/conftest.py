@@ -28,11 +28,17 @@ def _threads_as_before() -> Iterator[None]:
     assert after == before, "the test left another number of threads behind"
 
 
-@pytest.fixture(scope="module", params=[256, 128], ids=["", "iterated"])
+@pytest.fixture(scope="module", params=["", "iterated", "as on a gpu"])
 def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The whole spectrum for small matrices, as users get it; then the iteration for all that it could serve."""
+    """Small matrices as users get them; by the iteration where it could serve them; by the algorithms for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pss_param.solver._WHOLE_BELOW", request.param)
+        if request.param == "iterated":
+            patch.setattr("pss_param.solver._WHOLE_BELOW", 128)
+        if request.param == "as on a gpu":
+            for module in ("solver", "whole", "eigen"):
+                patch.setattr(f"pss_param.{module}.on_gpu", lambda W: True)
+            for module in ("solver", "whole"):
+                patch.setattr(f"pss_param.{module}.WHOLE_BELOW_ON_GPU", 200)
         yield
 
 
