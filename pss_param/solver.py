@@ -18,8 +18,8 @@ A matrix whose pieces lie on several devices is never put together: its iteratio
 There a pass over a matrix takes as long as reading it, and small eigenvalue problems, one after the other, ten times as
 long. So the matrices of a batch share every kernel (Note [Many small eigenproblems] in :mod:`pss_param.eigen`), and two
 passes are spent on finding out how narrow the block may be: the guess is the largest of the batch, up to three times
-what is needed. Up to 1024 the whole spectrum serves (Note [Squares on a GPU] in :mod:`pss_param.whole`), unless nothing
-lies above the level that was asked for (:mod:`pss_param.below`).
+what is needed. Up to 1024 the whole spectrum serves (Note [Squares on a GPU] in :mod:`pss_param.whole`), and for what
+lies above a level Note [Levels on a GPU] in :mod:`pss_param.levels`.
 
 # Note [Crowded edges]
 A block of ``b`` random columns converges by the gap between the edge ``c`` and the value ``a`` that it ends with: two

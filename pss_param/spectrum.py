@@ -38,7 +38,8 @@ class DominantDirections:
         U: left directions, ``(..., m, r)``.
         S: singular values in descending order, ``(..., r)``.
         Vh: right directions, ``(..., r, n)``.
-        edge: the first value not taken, ``S[k]``, ``(...)``; zero when all were taken.
+        edge: the first value not taken, ``S[k]``, ``(...)``; zero when all were taken. Where a level was asked for, no
+            more than a lower bound of it.
         k: how many values each matrix has here, int64 ``(...)``.
         stable_rank: ``||W||_F^2 / S[0]^2``, dimensionless, ``(...)``.
         spectral_norm: ``S[0]``, ``(...)``; known also where ``k = 0``.
@@ -133,7 +134,7 @@ def dominant_directions(
     .. math:: W \approx U \,\mathrm{diag}(S)\, V^H + \text{tail}, \qquad k = \lfloor \mathrm{SR}(W) \rfloor
 
     Values that exceed a level by so little that lowering them would change the matrix by less than ``tol`` may be left
-    out: on a GPU the question whether all of them do comes first (:mod:`pss_param.below`).
+    out: on a GPU, by :mod:`pss_param.levels`.
 
     ``k`` is capped at ``min(m, n) - 1``, so that there is a value left to be the edge. A stable rank within 1e-4
     (relative) below an integer counts as that integer: Note [An integer stable rank].

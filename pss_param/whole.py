@@ -17,10 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pss_param.below import nothing_above
 from pss_param.certificate import Request, Spectrum, judge
 from pss_param.filtered import WIDEST, dominant_by_filter
 from pss_param.found import Found
+from pss_param.levels import above_levels
 from pss_param.products import on_gpu, times
 
 # Below, the eigenvalues of all cost less than the many small operations of a filter (1.6 ms at 192 with one thread).
@@ -68,7 +68,7 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
 def dense_all(
     W: Tensor, scale: Tensor, requests: list[Request], seed: int, starts: Mapping[int, Tensor | None]
 ) -> list[Found]:
-    """The same of some matrices of a batch; on a GPU first the question whether there is anything to find.
+    """The same of some matrices of a batch; what lies above levels, on a GPU, together: :mod:`pss_param.levels`.
 
     Args:
         W: ``(B, m, n)``.
@@ -81,7 +81,7 @@ def dense_all(
         One result for each of ``starts``.
     """
     small = on_gpu(W) and min(W.shape[1:]) <= WHOLE_BELOW_ON_GPU
-    found = nothing_above(W, scale, requests, list(starts)) if small else {}
+    found = above_levels(W, scale, requests, list(starts), seed) if small else {}
     return [found[i] if i in found else dense(W[i], scale[i], requests[i], seed, start) for i, start in starts.items()]
 
 
