@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from pss_param.certificate import Request, Verdict
+from pss_param.eigen import high_power
 from pss_param.found import Found
 
 __all__ = ["below", "empty", "gram_of", "tops_of"]
-
-_SQUARINGS = 8
 
 
 def gram_of(W: Tensor, scale: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ def below(G: Tensor, levels: list[float]) -> list[bool]:
 
 
 def tops_of(G: Tensor) -> Tensor:
-    """Largest singular values, by the power method with ``G^256`` at once; never above the true ones.
+    """Largest singular values, by 256 steps of the power method at once; never above the true ones.
 
     Args:
         G: Gram matrices, float64 ``(B, f, f)``.
@@ -69,10 +68,7 @@ def tops_of(G: Tensor) -> Tensor:
     Returns:
         ``(B,)``.
     """
-    power, tiny = G, torch.finfo(G.dtype).tiny
-    for _ in range(_SQUARINGS):
-        power = power @ power
-        power = power / torch.linalg.matrix_norm(power).clamp_min(tiny)[:, None, None]
+    power, tiny = high_power(G)[0], torch.finfo(G.dtype).tiny
     best = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
     x = power.gather(-1, best[:, None, None].expand(-1, G.shape[-1], 1))
     x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(tiny)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pss_param.products import on_gpu
 
-__all__ = ["block_jacobi", "eigh", "eigvalsh", "largest"]
+__all__ = ["block_jacobi", "bound_by_powers", "eigh", "eigvalsh", "high_power", "largest"]
 
 _IN_ONE_KERNEL = 32
 _MANY = 16  # matrices from which the rounds of the block method take less time than as many calls
@@ -94,6 +94,24 @@ def bound_by_powers(A: Tensor) -> Tensor:
         >>> round(float(bound_by_powers(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))), 4)
         3.0
     """
+    bound: Tensor = (high_power(A)[1] / 2**_SQUARINGS).exp()
+    return bound
+
+
+def high_power(A: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The power :math:`A^{256}`, whose columns are the top eigenvector wherever that stands alone.
+
+    Args:
+        A: symmetric, float64 ``(..., f, f)``.
+
+    Returns:
+        The power over its Frobenius norm, and the logarithm of that norm ``(...)``.
+
+    Example:
+        >>> power, log = high_power(2 * torch.eye(1, dtype=torch.float64))
+        >>> float(power), round(float(log) / 256, 4)
+        (1.0, 0.6931)
+    """
     tiny = torch.finfo(A.dtype).tiny
     size = torch.linalg.matrix_norm(A).clamp_min(tiny)
     power, log = A / size[..., None, None], size.log()
@@ -101,8 +119,7 @@ def bound_by_powers(A: Tensor) -> Tensor:
         power = power @ power
         size = torch.linalg.matrix_norm(power).clamp_min(tiny)
         power, log = power / size[..., None, None], 2 * log + size.log()
-    bound: Tensor = (log / 2**_SQUARINGS).exp()
-    return bound
+    return power, log
 
 
 def _in_rounds(A: Tensor) -> bool:

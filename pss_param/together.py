@@ -88,18 +88,17 @@ class Together:
             no memory for all at once.
         """
         # Not by the version of the tensor, which fused optimizers and .data leave as it is.
-        norm = float(torch.linalg.vector_norm(weight.detach()))
+        norm = _norm(weight)
         before, factors = self._found.get(view.label, (math.nan, None))
         if before == norm:
             return factors
         present = self._wanted()
-        norms = [torch.linalg.vector_norm(one.detach()) for one in present.values()]
-        labels = dict(zip((member.label for member in present), torch.stack(norms).tolist(), strict=True))
+        norms = {member.label: _norm(one) for member, one in present.items()}
         try:
             found = _find(present)
         except (NonFiniteError, torch.OutOfMemoryError):  # a view by itself says which weight it is, or needs less
             found = {}
-        self._found = {label: (size, found.get(label)) for label, size in labels.items()}
+        self._found = {label: (size, found.get(label)) for label, size in norms.items()}
         return found.get(view.label)
 
     def _wanted(self) -> dict[SmoothingView, Tensor]:
@@ -110,6 +109,11 @@ class Together:
             if view is not None and module is not None and view.is_open and view.factors is None
         }
         return {view: weight for view, weight in weights.items() if weight is not None}
+
+
+def _norm(weight: Tensor) -> float:
+    """By itself, since weights may lie on several devices, and wide: in bfloat16 most steps would not change it."""
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))
 
 
 def _find(weights: Mapping[SmoothingView, Tensor]) -> dict[str, tuple[Factors, ...]]:

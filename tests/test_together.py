@@ -191,3 +191,18 @@ def test_levels_of_a_live_run_are_each_weights_own() -> None:
     with guard.preview(), torch.no_grad():
         for name, shown in (("layers.1.weight", model.layers[1].weight), ("layers.3.weight", model.layers[3].weight)):
             assert float(torch.linalg.matrix_norm(shown, 2)) == pytest.approx(levels[name], rel=0.1)
+
+
+def test_a_bfloat16_weight_that_moves_a_little_is_decomposed_anew(batches: list[int]) -> None:
+    torch.manual_seed(0)
+    model = spiked(Network()).bfloat16()
+    guard = pss.attach(model, targets="all", detector=pss.GradientNormRatio())
+    guard._open(list(guard.views.values()))
+    model.state_dict()
+    norms = [weight.detach().norm() for weight in model.parameters()]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.view(-1)[:8] *= 1.05
+    assert any(torch.equal(weight.detach().norm(), old) for weight, old in zip(model.parameters(), norms, strict=True))
+    model(torch.ones(2, 24, dtype=torch.bfloat16))
+    assert sorted(batches) == [1, 1, 4, 4]

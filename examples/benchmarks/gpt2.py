@@ -86,6 +86,8 @@ def main(
 ) -> None:  # fmt: skip
     """Measure what is missing, then write the README's table."""
     if not only_report:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise click.UsageError("this needs a GPU; --size tiny --device cpu tries the program out")
         began, learned = time.perf_counter(), task(SIZES[size], device, early, late)
         results = Results(out, {
             "size": size, "rate": RATE, "steps": learned.steps, "trivial": learned.trivial,

@@ -72,7 +72,7 @@ def _memory(sizes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _on_gpu(gpu: Mapping[str, Any]) -> str:
-    (line,), run = gpu["lines"], gpu["run"]
+    line, run = next(line for line in gpu["lines"] if line["mode"] == "eager"), gpu["run"]
     ratios = (f"{line[f'triggered_ratio_{weights}']:.0f}" for weights in ("collapsed", "trained", "fresh"))
     return (
         f"On one {gpu['device']} (torch {gpu['torch']}) a step of a post-norm GPT-2 of 124M parameters takes "

@@ -111,6 +111,8 @@ def main(
 ) -> None:  # fmt: skip
     """Measure what is missing, then print the table and write the README's."""
     if gpu_results is not None:
+        if not torch.cuda.is_available():
+            raise click.UsageError("--model needs a GPU; --layer is one layer on a CPU")
         gpu_results.write_text(json.dumps(model(1e-2), indent=1) + "\n", encoding="utf-8")
         only_report = True
     torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ from suite.plans import HEADLINE, PROFILES, RIVALS, further  # noqa: E402
 from suite.records import Records  # noqa: E402
 from suite.remedies import REMEDIES  # noqa: E402
 from suite.spec import Spec  # noqa: E402
-from suite.states import DEAD, HEALTHY  # noqa: E402
+from suite.states import HEALTHY, KILLED  # noqa: E402
 from suite.store import Store, origin  # noqa: E402
 from suite.task import tasks  # noqa: E402
 from suite.training import Trace, fresh, go_on, train  # noqa: E402
@@ -157,7 +157,7 @@ def test_every_plan_names_what_exists_and_repeats_nothing():
         assert len(specs) == len(set(specs))
         for spec in specs:
             assert spec.task in tasks()
-            known = {"range": METHODS, "state": (HEALTHY, DEAD)}.get(spec.question, REMEDIES)
+            known = {"range": METHODS, "state": (HEALTHY, KILLED)}.get(spec.question, REMEDIES)
             assert spec.method in known
     assert set(HEADLINE) < set(RIVALS) < set(METHODS)
 

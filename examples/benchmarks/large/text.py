@@ -20,8 +20,9 @@ EXAM_WINDOWS = 16
 def modules() -> list[str]:
     """All modules of the standard library but its tests, in the order of their names."""
     root = Path(os.__file__).parent
-    files = (path for path in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts})
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    names = (path.relative_to(root) for path in sorted(root.rglob("*.py")))
+    kept = (name for name in names if not {"site-packages", "test", "tests"} & {*name.parts})
+    return [(root / name).read_text(encoding="utf-8", errors="replace") for name in kept]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from suite.records import Records
 from suite.remedies import CHANGED, DEADLY, USUAL_REMEDIES
 from suite.rescues import USUAL
 from suite.spec import Spec
-from suite.states import DEAD, HEALTHY
-from suite.states import DYING as ON_THE_WAY
+from suite.states import HEALTHY, KILLED, ON_THE_WAY
 from suite.task import tasks
 
 HEADLINE = (
@@ -182,10 +181,10 @@ def states(names: tuple[str, ...], seeds: range, dying: tuple[int, ...] = (0,)) 
             for steps in dying:
                 if steps == 0:
                     yield Spec("state", task, HEALTHY, seed, 1.0, "late")
-                    yield Spec("state", task, DEAD, seed, 1.0, "late")
-                    yield Spec("state", task, DEAD, seed, 1.0, "early")
+                    yield Spec("state", task, KILLED, seed, 1.0, "late")
+                    yield Spec("state", task, KILLED, seed, 1.0, "early")
                 else:
-                    yield Spec("state", task, DEAD, seed, 1.0, "late", steps)
+                    yield Spec("state", task, KILLED, seed, 1.0, "late", steps)
 
 
 def quick() -> list[Spec]:

@@ -11,8 +11,8 @@ from suite.deaths import Dead
 from suite.records import Records, Result
 from suite.spec import Spec
 
-HEALTHY, DEAD = "healthy", "dead"
-DYING = (5, 10, 20)
+HEALTHY, KILLED = "healthy", "dead"
+ON_THE_WAY = (5, 10, 20)
 """Steps at the deadly rate of deaths that are looked at on the way."""
 
 
@@ -44,8 +44,8 @@ def checkpoints(records: Records, task: str) -> Iterator[tuple[str, list[Result]
     yield "healthy", list(records.find(question="state", task=task, method=HEALTHY).values())
     for death in ("late", "early"):
         real = {(spec.seed, spec.dying) for spec in rescues.dead_checkpoints(records, death, (0,), task)}
-        seen = records.find(question="state", task=task, method=DEAD, death=death, dying=0)
+        seen = records.find(question="state", task=task, method=KILLED, death=death, dying=0)
         yield f"{death} death", [result for spec, result in seen.items() if (spec.seed, spec.dying) in real]
-    for steps in DYING:
-        found = records.find(question="state", task=task, method=DEAD, dying=steps)
+    for steps in ON_THE_WAY:
+        found = records.find(question="state", task=task, method=KILLED, dying=steps)
         yield f"{steps} steps at the deadly rate", list(found.values())
