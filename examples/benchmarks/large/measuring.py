@@ -20,9 +20,8 @@ from suite.training import Run, evaluate, fresh, go_on, outcome, skip, train
 
 from .network import GPT2
 
-SEED = 0
-OTHER_SEED = 1000
-"""Of the fresh weights of a restart."""
+OTHER_SEEDS = 1000
+"""Added to the seed for the fresh weights of a restart."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ WAYS = {
 }
 
 
-def at_rate(task: Task, method: str, multiple: float) -> dict[str, object]:
+def at_rate(task: Task, method: str, multiple: float, seed: int) -> dict[str, object]:
     """Train from scratch at a multiple of the task's rate."""
-    run, trace = train(task, METHODS[method](), SEED, task.steps, multiple)
+    run, trace = train(task, METHODS[method](), seed, task.steps, multiple)
     return outcome(task, run, trace)
 
 
@@ -61,13 +60,14 @@ class Death:
     Args:
         task: network, text and rates.
         kind: "early" or "late".
+        seed: of weights and batches.
         folder: where the checkpoints are written.
     """
 
-    def __init__(self, task: Task, kind: str, folder: Path) -> None:
-        self.task, self.kind, self.folder = task, kind, folder
+    def __init__(self, task: Task, kind: str, seed: int, folder: Path) -> None:
+        self.task, self.kind, self.seed, self.folder = task, kind, seed, folder
         method, self.healthy = METHODS["nothing"](), None
-        run = fresh(task, method, SEED)
+        run = fresh(task, method, seed)
         method.start(run.model, run.optimizer, task.steps + task.kill_steps)
         if kind == "late":
             go_on(task, run, method, task.steps)
@@ -100,7 +100,7 @@ class Death:
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
 
     def _begun(self, way: Way, method: object) -> Run:
-        run = fresh(self.task, method, OTHER_SEED if way.start == "scratch" else SEED)
+        run = fresh(self.task, method, self.seed + OTHER_SEEDS * (way.start == "scratch"))
         if way.start == "scratch":
             return run
         if way.start == "healthy":
@@ -115,27 +115,24 @@ class Death:
         return run
 
 
-def rescues(task: Task, kind: str, ways: list[str], found: dict[str, object], save: Callable[[], None]) -> None:
+def rescues(task: Task, found: dict[str, object], ways: list[str], seed: int, save: Callable[[], None]) -> None:
     """One death and every way to go on after it that is not there yet.
 
     Args:
         task: network, text and rates.
-        kind: "early" or "late".
+        found: what is known of this death, its kind at least; filled.
         ways: names in :data:`WAYS`.
-        found: what is known of this death; filled.
+        seed: of weights and batches.
         save: called whenever there is more.
     """
-    known = found.setdefault("ways", {})
+    kind, known = found["kind"], found.setdefault("ways", {})
     missing = [name for name in ways if name not in known and (kind == "late" or WAYS[name].start != "healthy")]
     if not missing:
         return
     folder = Path(tempfile.mkdtemp())
     try:
-        death = Death(task, kind, folder)
-        found |= {
-            "deadly": death.deadly, "dead": death.dead, "final": death.final, "held_out": death.held_out,
-            "repair": death.repair(),
-        }  # fmt: skip
+        death = Death(task, kind, seed, folder)
+        found |= {"dead": death.dead, "final": death.final, "held_out": death.held_out, "repair": death.repair()}
         for name in missing:
             known[name] = death.go_on(WAYS[name])
             save()

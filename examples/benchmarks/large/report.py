@@ -3,78 +3,92 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 BEGIN, END = "<!-- gpt2: begin -->", "<!-- gpt2: end -->"
 Found = dict[str, Any]
 
 
-def loss(row: Found) -> str:
-    """A final loss, or that the run died."""
-    return "dead" if row["dead"] else f"{row['final']:.2f}"
+def losses(rows: list[Found]) -> str:
+    """Final losses of the seeds: mean and standard deviation, or how many died."""
+    dead, alive = sum(row["dead"] for row in rows), [row["final"] for row in rows if not row["dead"]]
+    if not alive:
+        return "dead" if dead else "-"
+    spread = f" ± {stdev(alive):.2f}" if len(alive) > 1 else ""
+    return f"{mean(alive):.2f}{spread}" + (f", {dead} of {len(rows)} dead" if dead else "")
 
 
-def by_rate(found: Found) -> list[str]:
-    """Final loss of every method at every rate."""
-    multiples = sorted({row["multiple"] for row in found["range"]})
-    methods = list(dict.fromkeys(row["method"] for row in found["range"]))
-    cells = {(row["method"], row["multiple"]): loss(row) for row in found["range"]}
-    head = ["learning rate", *(f"{multiple * found['rate']:.2g}" for multiple in multiples)]
-    rows = [[method, *(cells.get((method, multiple), "-") for multiple in multiples)] for method in methods]
-    return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+def by_rate(seeds: list[Found]) -> list[str]:
+    """Final losses of every method at every rate."""
+    cells: dict[tuple[str, float], list[Found]] = defaultdict(list)
+    for row in chain.from_iterable(found["range"] for found in seeds):
+        cells[row["method"], row["multiple"]].append(row)
+    multiples = sorted({multiple for _, multiple in cells})
+    head = ["learning rate", *(f"{multiple * seeds[0]['rate']:.2g}" for multiple in multiples)]
+    methods = dict.fromkeys(method for method, _ in cells)
+    return _table(head, [[method, *(losses(cells[method, each]) for each in multiples)] for method in methods])
 
 
-def after_death(found: Found) -> list[str]:
-    """Final loss of every way to go on, one column a death."""
-    deaths = found["rescues"]
-    names = list(dict.fromkeys(name for death in deaths.values() for name in death["ways"]))
-    head = ["then", *(_title(kind, deaths[kind], found["rate"]) for kind in deaths)]
-    rows = [
-        [name, *(loss(death["ways"][name]) if name in death["ways"] else "-" for death in deaths.values())]
-        for name in names
-    ]
-    return [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
+def after_death(seeds: list[Found]) -> list[str]:
+    """Final losses of every way to go on, one column a death."""
+    deaths: dict[str, list[Found]] = defaultdict(list)
+    for name, death in chain.from_iterable(found["rescues"].items() for found in seeds):
+        deaths[name].append(death)
+    ways = dict.fromkeys(way for death in chain(*deaths.values()) for way in death["ways"])
+    head = ["then", *(_title(same, seeds[0]["rate"]) for same in deaths.values())]
+    return _table(head, [[way, *(losses(_after(same, way)) for same in deaths.values())] for way in ways])
 
 
-def section(found: Found) -> str:
+def section(seeds: list[Found]) -> str:
     """What stands between the marks.
 
     Args:
-        found: what ``gpt2.json`` holds.
+        seeds: what the files of the seeds hold.
 
     Returns:
         Markdown.
     """
-    versions = found["versions"]
-    repairs = [death["repair"]["seconds"] for death in found["rescues"].values() if death["ways"]]
+    first, n = seeds[0], len(seeds)
+    versions, trials = first["versions"], "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
+    repairs = [death["repair"]["seconds"] for found in seeds for death in found["rescues"].values()]
     lines = [
-        f"GPT-2, 124M parameters, {versions['device']}, torch {versions['torch']}, one seed; mean loss in nats of the "
-        f"last 50 of {found['steps']} steps, token frequencies alone {found['trivial']:.2f}. Trained from scratch:",
+        f"GPT-2, 124M parameters, {versions['device']}, torch {versions['torch']}, {trials}; loss in nats over the "
+        f"last 50 of {first['steps']} steps, token frequencies alone {first['trivial']:.2f}. Trained from scratch:",
         "",
-        *by_rate(found),
+        *by_rate(seeds),
     ]
     if repairs:
-        lines += ["", "After a death, as many steps again:", "", *after_death(found), "", _repairs(repairs)]
+        lines += ["", "After a death, as many steps again:", "", *after_death(seeds), "", _repairs(repairs)]
     return "\n".join(lines)
 
 
-def put(readme: Path, found: Found) -> None:
+def put(readme: Path, seeds: list[Found]) -> None:
     """Write the section between the markers of a README."""
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN, 1)
-    readme.write_text(f"{head}{BEGIN}\n{section(found)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    readme.write_text(f"{head}{BEGIN}\n{section(seeds)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+def _after(deaths: list[Found], way: str) -> list[Found]:
+    return [death["ways"][way] for death in deaths if way in death["ways"]]
 
 
 def _repairs(seconds: list[float]) -> str:
-    times = " and ".join(f"{each:.0f}" for each in seconds)
-    return f"`pss-repair` took {times} s for the checkpoints with their optimizer states (1.5 GB each), start included."
+    return (
+        f"`pss-repair` took {min(seconds):.0f} to {max(seconds):.0f} s for a checkpoint with its optimizer states "
+        "(1.5 GB), start included, with trainings beside it."
+    )
 
 
-def _title(kind: str, death: Found, rate: float) -> str:
-    state = "dead" if death["dead"] else "not dead by the definition"
-    return f"{kind}, at {death['deadly'] * rate:.2g}: {state}"
+def _title(deaths: list[Found], rate: float) -> str:
+    dead = sum(death["dead"] for death in deaths)
+    state = "dead" if dead == len(deaths) else f"dead in {dead} of {len(deaths)}"
+    return f"{deaths[0]['kind']}, at {deaths[0]['deadly'] * rate:.2g}: {state}"
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
