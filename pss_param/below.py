@@ -26,7 +26,7 @@ from pss_param.certificate import Request, Verdict
 from pss_param.eigen import high_power
 from pss_param.found import Found
 
-__all__ = ["below", "empty", "gram_of", "tops_of"]
+__all__ = ["below", "gram_of", "nothing", "tops_of"]
 
 
 def gram_of(W: Tensor, scale: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def tops_of(G: Tensor) -> Tensor:
     return tops
 
 
-def empty(W: Tensor, top: float, request: Request) -> Found:
+def nothing(W: Tensor, top: float, request: Request) -> Found:
     """The result for a matrix that may stay as it is.
 
     Args:

@@ -102,7 +102,7 @@ class Damping:
         self.rho: dict[str, float] = {}
         self.following = 1.0
         self._weight_of, self._companions, self._among, self._on = weight_of, companions, among, on
-        self._copies: list[tuple[Tensor, Tensor, float]] = []
+        self._copies: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
         self._unseen = 0
 
@@ -185,7 +185,7 @@ class Damping:
             id(weight) for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
         }
         found = [(weight, rho) for weight, rho in self._damped() if id(weight) in moved]
-        self._copies = [(local, local.clone(), 1 - 1 / rho) for local, rho in ((_local(w), rho) for w, rho in found)]
+        self._copies = _copied(found)
         if found:
             self._unseen = 0
 
@@ -199,8 +199,8 @@ class Damping:
     @torch.no_grad()
     def after(self) -> None:
         r"""Draw back what was copied."""
-        for weight, before, share in self._copies:
-            weight.lerp_(before, share)
+        for share, (weights, copies) in self._copies.items():
+            torch._foreach_lerp_(weights, copies, share)
         self._copies.clear()
         self._stepping = None
 
@@ -245,6 +245,17 @@ class _Hooks:
 
 
 _HOOKS = _Hooks()
+
+
+def _copied(damped: Iterable[tuple[Tensor, float]]) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
+    """Weights and their copies by the share that is to be taken back: a GPU copies hundreds of them in some kernels."""
+    groups: dict[float, list[Tensor]] = {}
+    for weight, rho in damped:
+        groups.setdefault(1 - 1 / rho, []).append(_local(weight))
+    copies = {share: [torch.empty_like(weight) for weight in weights] for share, weights in groups.items()}
+    for share, weights in groups.items():
+        torch._foreach_copy_(copies[share], weights)
+    return {share: (weights, copies[share]) for share, weights in groups.items()}
 
 
 def _local(weight: Tensor) -> Tensor:

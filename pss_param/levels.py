@@ -9,7 +9,8 @@ with thin blocks take a fraction of a millisecond for all. So
 1. what has nothing above its level is told by a Cholesky factor: :mod:`pss_param.below`;
 2. for the rest random blocks of ``b`` columns go through Chebyshev polynomials of ``G`` that are small on ``[0, a]``,
    ``a`` a fifth below ``c^2``, orthonormalised whenever the largest directions have outgrown the smallest wanted ones
-   so far that a Cholesky factor could not tell them apart any more;
+   so far that a Cholesky factor could not tell them apart any more, which a bound on the largest eigenvalue tells:
+   ``||G^32||_F^(1/32)``;
 3. one Rayleigh-Ritz step makes triplets of them, ``k`` of which are above ``c``, and measures their residuals ``R``;
 4. a Cholesky factor proves that nothing was missed. If
 
@@ -29,12 +30,13 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pss_param.below import below, empty, gram_of, tops_of
+from pss_param.below import below, gram_of, nothing, tops_of
 from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Verdict
 from pss_param.eigen import eigh
@@ -51,6 +53,8 @@ _ROOM = 8  # columns that have to be left below the level
 _EDGE = 0.8  # of the squared level: what is below is damped
 _GROWTH = 16.0  # logarithm of the amplification at the level itself
 _RANGE = 12.0  # and of the largest one between two orthonormalisations
+_SQUARINGS = 5  # behind the bound on the largest eigenvalue: at most n^(1/64) above it, 1.11 for 768
+_SKEW = 1e-9  # what products of rows that count as orthonormal may be off by
 _LEAK = 0.8  # the share of the tolerance that residuals may take
 
 
@@ -83,13 +87,14 @@ def above_levels(W: Tensor, scale: Tensor, requests: list[Request], which: list[
 
 
 def _of_some(W: Tensor, scale: Tensor, requests: list[Request], some: list[int], seed: int) -> dict[int, Found]:
-    part, levels, tols = W[some], [requests[i].level or 0.0 for i in some], [requests[i].tol for i in some]
-    G = gram_of(part, scale[some])
-    batch = _Batch(part, G, scale[some], levels, tops_of(G).tolist(), tols)
-    rest = below(G, [level * (1 + tol - _ROUNDING) for level, tol in zip(levels, tols, strict=True)])
-    found = {i: empty(W[i], batch.tops[j], requests[i]) for j, i in enumerate(some) if rest[j]}
-    left = [j for j, none in enumerate(rest) if not none]
-    for share in _SHARES if G.shape[-1] >= _FILTER_FROM else ():
+    levels, tols = [requests[i].level or 0.0 for i in some], [requests[i].tol for i in some]
+    part, its = (W, scale) if len(some) == len(W) else (W[some], scale[some])
+    batch = _Batch(part, gram_of(part, its), its, levels, tols)
+    rest = below(batch.G, [level * (1 + tol - _ROUNDING) for level, tol in zip(levels, tols, strict=True)])
+    none, left = ([j for j, one in enumerate(rest) if one is empty] for empty in (True, False))
+    tops = tops_of(batch.G[none]).tolist() if none else ()
+    found = {some[j]: nothing(W[some[j]], top, requests[some[j]]) for j, top in zip(none, tops, strict=True)}
+    for share in _SHARES if batch.G.shape[-1] >= _FILTER_FROM else ():
         if left:
             triplets = dict(zip(left, _filtered(batch.of(left), share, seed), strict=True))
             found |= {some[j]: one for j, one in triplets.items() if one is not None}
@@ -104,22 +109,26 @@ class _Batch(NamedTuple):
     G: Tensor
     scale: Tensor
     levels: list[float]
-    tops: list[float]
     tols: list[float]
 
+    @property
+    def edges(self) -> list[float]:
+        """The largest eigenvalues that are damped."""
+        return [_EDGE * level * level for level in self.levels]
+
     def of(self, which: list[int]) -> _Batch:
-        """Some of it."""
+        """Some of it, or itself: a copy of all would cost as much as a product."""
+        if len(which) == len(self.levels):
+            return self
         numbers = ([column[i] for i in which] for column in self[3:])
         return _Batch(self.W[which], self.G[which], self.scale[which], *numbers)
 
 
 def _filtered(batch: _Batch, share: int, seed: int) -> list[Found | None]:
-    ritz = _ritz(batch.G, _block(batch, batch.G.shape[-1] // share, seed))
-    verdicts = [
-        _verdict(values, lengths, level, tol, batch.W)
-        for values, lengths, level, tol in zip(ritz.values, ritz.lengths, batch.levels, batch.tols, strict=True)
-    ]
-    proved = _proved(batch, ritz.rows, verdicts)
+    bounds = _bounds(batch.G)
+    ritz = _ritz(batch.G, _block(batch, bounds.tolist(), batch.G.shape[-1] // share, seed))
+    verdicts = [_verdict(ritz, i, level, batch) for i, level in enumerate(batch.levels)]
+    proved = _proved(batch, bounds, ritz.rows, verdicts)
     triplets = _triplets(batch, ritz, max((verdict.k for verdict in verdicts if verdict), default=0))
     return [
         _one(triplets, ritz, i, verdict, tol) if verdict is not None and fine else None
@@ -127,16 +136,48 @@ def _filtered(batch: _Batch, share: int, seed: int) -> list[Found | None]:
     ]
 
 
-def _block(batch: _Batch, columns: int, seed: int) -> Tensor:
+def _bounds(G: Tensor) -> Tensor:
+    """Of the largest eigenvalues, from above. With a trace of one these are at least ``1/n``: no power underflows."""
+    power = G
+    for _ in range(_SQUARINGS):
+        power = torch.bmm(power, power)
+    bounds: Tensor = torch.linalg.matrix_norm(power).pow(0.5**_SQUARINGS)
+    return bounds
+
+
+def _block(batch: _Batch, bounds: list[float], columns: int, seed: int) -> Tensor:
     """Rows ``(B, columns, n)`` that span what is above the levels, orthonormal."""
-    G, edges = batch.G, [_EDGE * level * level for level in batch.levels]
-    random = torch.randn(columns, G.shape[-1], generator=torch.Generator().manual_seed(seed), device="cpu")
-    rows = orthonormal((random.to(G) @ G).mT).mT
-    steepest = max(_rate(top * top / edge) for top, edge in zip(batch.tops, edges, strict=True))
-    degree, at = max(2, math.floor(_RANGE / steepest)), G.new_tensor(edges)[:, None, None]
+    steepest = max(_rate(bound / edge) for bound, edge in zip(bounds, batch.edges, strict=True))
+    degree = max(2, math.floor(_RANGE / steepest))
+    if degree * steepest <= _RANGE:
+        rows = _filter(batch, degree, columns, seed, _apart)
+        if _are_orthonormal(rows):
+            return rows
+    return _filter(batch, degree, columns, seed, lambda rows: orthonormal(rows.mT).mT)
+
+
+def _filter(batch: _Batch, degree: int, columns: int, seed: int, apart: Callable[[Tensor], Tensor]) -> Tensor:
+    G = batch.G
+    generator = torch.Generator(G.device).manual_seed(seed)
+    rows = apart(torch.randn(columns, G.shape[-1], generator=generator, dtype=G.dtype, device=G.device) @ G)
+    mapped = G * (4 / G.new_tensor(batch.edges)[:, None, None])
+    mapped.diagonal(dim1=-2, dim2=-1).sub_(2)
     for _ in range(math.ceil(_GROWTH / (degree * _rate(1 / _EDGE)))):
-        rows = orthonormal(_polynomial(G, rows, at, degree).mT).mT
-    return rows
+        rows = apart(_polynomial(mapped, rows, degree))
+    return apart(rows)
+
+
+def _apart(rows: Tensor) -> Tensor:
+    """One Cholesky QR without a look at what becomes of it: orthonormal if done twice, where there is a factor."""
+    L = torch.linalg.cholesky_ex(torch.bmm(rows, rows.mT)).L
+    apart: Tensor = torch.linalg.solve_triangular(L, rows, upper=False)
+    return apart
+
+
+def _are_orthonormal(rows: Tensor) -> bool:
+    skew = torch.bmm(rows, rows.mT)
+    skew.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return float(skew.abs().max()) < _SKEW
 
 
 def _rate(ratio: float) -> float:
@@ -144,39 +185,39 @@ def _rate(ratio: float) -> float:
     return math.acosh(max(2 * ratio - 1, 1 + 1e-12))
 
 
-def _polynomial(G: Tensor, rows: Tensor, edges: Tensor, degree: int) -> Tensor:
-    """``T_d(2 G / a - 1)`` of the rows, of unit length."""
-    before, now = rows, rows @ G * (2 / edges) - rows
+def _polynomial(mapped: Tensor, rows: Tensor, degree: int) -> Tensor:
+    """``T_d(M / 2)`` of the rows, of unit length, for ``M = 4 G / a - 2 I``."""
+    before, now = rows, torch.bmm(rows, mapped) / 2
     for _ in range(degree - 1):
-        before, now = now, now @ G * (4 / edges) - 2 * now - before
+        before, now = now, torch.baddbmm(before, now, mapped, beta=-1)
     unit: Tensor = now / torch.linalg.vector_norm(now, dim=-1, keepdim=True)
     return unit
 
 
 def _ritz(G: Tensor, rows: Tensor) -> _Ritz:
-    image = rows @ G
-    core = image @ rows.mT
+    image = torch.bmm(rows, G)
+    core = torch.bmm(image, rows.mT)
     values, Y = eigh((core + core.mT) / 2)
     values, Y = values.flip(-1), Y.flip(-1).mT
-    rows, image = Y @ rows, Y @ image
+    rows, image = torch.bmm(Y, rows), torch.bmm(Y, image)
     lengths = torch.linalg.vector_norm(image - values[..., None] * rows, dim=-1)
     numbers = torch.stack([values, lengths]).tolist()
     return _Ritz(rows, numbers[0], numbers[1])
 
 
-def _verdict(values: list[float], lengths: list[float], level: float, tol: float, W: Tensor) -> Verdict | None:
+def _verdict(ritz: _Ritz, index: int, level: float, batch: _Batch) -> Verdict | None:
     """How many are taken, and what their residuals leave of the tolerance; ``None`` where that is too little."""
-    S = [math.sqrt(max(value, 0.0)) for value in values]
+    S = [math.sqrt(max(value, 0.0)) for value in ritz.values[index]]
     k = sum(s > level for s in S)
     if k > len(S) - _ROOM:
         return None
-    residuals = [length / s for length, s in zip(lengths[:k], S[:k], strict=True)]
-    rounding = 4 * torch.finfo(W.dtype).eps * math.sqrt(max(W.shape[-2:]))
+    residuals = [length / s for length, s in zip(ritz.lengths[index][:k], S[:k], strict=True)]
+    rounding = 4 * torch.finfo(batch.W.dtype).eps * math.sqrt(max(batch.W.shape[-2:]))
     leak = math.sqrt(sum(r * r for r in residuals)) + rounding + _ROUNDING
-    return Verdict(k, S[k], math.nan, leak, True) if leak <= _LEAK * tol else None
+    return Verdict(k, S[k], math.nan, leak, True) if leak <= _LEAK * batch.tols[index] else None
 
 
-def _proved(batch: _Batch, rows: Tensor, verdicts: list[Verdict | None]) -> list[bool]:
+def _proved(batch: _Batch, bounds: Tensor, rows: Tensor, verdicts: list[Verdict | None]) -> list[bool]:
     """Whether nothing was missed: the Cholesky factor of Note [Levels on a GPU]."""
     G, known = batch.G, [verdict or Verdict(0, 0.0, math.nan, math.inf, False) for verdict in verdicts]
     room = [
@@ -185,8 +226,8 @@ def _proved(batch: _Batch, rows: Tensor, verdicts: list[Verdict | None]) -> list
     ]
     counts = torch.tensor([verdict.k for verdict in known], device=G.device)
     taken = torch.arange(rows.shape[-2], device=G.device) < counts[:, None]
-    weights = 2 * G.new_tensor(batch.tops).square()[:, None] * taken
-    return below(G - rows.mT @ (weights[..., None] * rows), room)
+    weights = 2 * bounds[:, None] * taken
+    return below(torch.baddbmm(G, rows.mT, weights[..., None] * rows, alpha=-1), room)
 
 
 def _triplets(batch: _Batch, ritz: _Ritz, most: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,12 +88,12 @@ class Together:
             no memory for all at once.
         """
         # Not by the version of the tensor, which fused optimizers and .data leave as it is.
-        norm = _norm(weight)
+        norm = _norms({view.label: weight})[view.label]
         before, factors = self._found.get(view.label, (math.nan, None))
         if before == norm:
             return factors
         present = self._wanted()
-        norms = {member.label: _norm(one) for member, one in present.items()}
+        norms = _norms({member.label: one for member, one in present.items()})
         try:
             found = _find(present)
         except (NonFiniteError, torch.OutOfMemoryError):  # a view by itself says which weight it is, or needs less
@@ -111,9 +111,19 @@ class Together:
         return {view: weight for view, weight in weights.items() if weight is not None}
 
 
-def _norm(weight: Tensor) -> float:
-    """By itself, since weights may lie on several devices, and wide: in bfloat16 most steps would not change it."""
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32)))
+def _norms(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """One host synchronisation for all of a kind; wide, since in bfloat16 most steps would not change them."""
+    groups: dict[object, dict[str, Tensor]] = {}
+    for label, weight in weights.items():
+        # Alone or among others the same bits: so what is no dense block, which has another kernel, is always alone.
+        apart = "" if weight.is_contiguous() else label
+        groups.setdefault((weight.device, weight.dtype, apart), {})[label] = weight.detach()
+    found: dict[str, float] = {}
+    for group in groups.values():
+        wide = torch.promote_types(next(iter(group.values())).dtype, torch.float32)
+        sizes = torch.stack(torch._foreach_norm([*group.values()], 2, wide))
+        found.update(zip(group, sizes.tolist(), strict=True))
+    return found
 
 
 def _find(weights: Mapping[SmoothingView, Tensor]) -> dict[str, tuple[Factors, ...]]:

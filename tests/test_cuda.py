@@ -150,6 +150,38 @@ def test_an_open_gate_folds_to_the_bits_that_it_showed() -> None:
     assert all(torch.equal(shown[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("count", "columns"), [(1, 40), (3, 96), (20, 96), (2, 200)])
+def test_small_eigenproblems_wherever_they_are_solved(count: int, columns: int) -> None:
+    from pss_param.eigen import eigh, eigvalsh
+
+    rows = torch.randn(count, columns, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = rows @ rows.mT
+    values, vectors = eigh(A.cuda())
+    assert values.is_cuda and vectors.is_cuda
+    assert torch.allclose(values.cpu(), torch.linalg.eigvalsh(A), rtol=1e-9)
+    assert torch.allclose((vectors * values[:, None, :] @ vectors.mT).cpu(), A, atol=1e-8)
+    assert torch.allclose(eigvalsh(A.cuda()).cpu(), torch.linalg.eigvalsh(A), rtol=1e-9)
+
+
+def test_damped_weights_are_drawn_back_as_on_the_cpu() -> None:
+    from pss_param.damping import Damping
+
+    drawn = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        weights = {str(i): nn.Parameter(torch.randn(5 + i, 7, dtype=dtype).to(device)) for i, dtype in enumerate(
+            (torch.float32, torch.bfloat16, torch.float32)
+        )}  # fmt: skip
+        optimizer = torch.optim.SGD(weights.values(), lr=0.5)
+        damping = Damping(weights.get)
+        damping.strike({"0": 2.0, "1": 4.0, "2": 2.0})
+        for weight in weights.values():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        drawn.append([weight.detach().cpu() for weight in weights.values()])
+    assert all(torch.allclose(ours, theirs) for ours, theirs in zip(*drawn, strict=True))
+
+
 def test_a_quiet_step_reads_the_device_once() -> None:
     model = Network().cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -90,6 +90,17 @@ def test_a_block_that_missed_something_has_no_proof(monkeypatch: pytest.MonkeyPa
     assert levels.above_levels(W, norms, requests, [0], seed=0) == {}
 
 
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_rows_that_no_cholesky_factor_tells_apart_are_made_orthonormal_all_the_same(rank: int) -> None:
+    values = torch.cat([torch.linspace(2.0, 1.1, rank), torch.zeros(240 - rank)]).double()
+    W = with_spectrum(240, 240, values)[None]
+    norms = torch.linalg.matrix_norm(W)
+    found = levels.above_levels(W, norms, [Request(level=1 / float(norms), tol=1e-3)], [0], seed=0)[0]
+    assert found.verdict.k == rank
+    assert torch.allclose(found.S.double() * norms, values[:rank], rtol=1e-5)
+    assert torch.allclose(found.Vh @ found.Vh.mT, torch.eye(rank, dtype=found.Vh.dtype), atol=1e-5)
+
+
 @pytest.mark.parametrize("ratio", [1.5, 30.0, 1e4])
 def test_directions_far_above_the_level_hide_none_beside_it(ratio: float) -> None:
     values = torch.cat([torch.tensor([ratio, ratio / 2, 1.2, 1.1]), torch.linspace(0.8, 0.1, 236)]).double()
