@@ -15,6 +15,7 @@ from pss_param.errors import ArgumentError
 from pss_param.room import roomy
 from pss_param.selection import matches
 from pss_param.targets import ONE_CHANNEL, Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
+from pss_param.ties import tied_tables
 from pss_param.vectors import initial_value
 
 
@@ -112,7 +113,8 @@ class Plan:
         skipped: reasons by name, in the checkpoint's order.
         special: targets that a deep repair treats otherwise than the rest, with what they are: a ``"kernel"`` that may
             be depthwise, so that its filters have nothing but a norm in common; ``"roomy"``, so that it may outgrow a
-            fresh one in health (:mod:`pss_param.room`); a ``"table"`` of tokens; an ``"end"``, which is a head or stem.
+            fresh one in health (:mod:`pss_param.room`); a ``"table"`` of tokens; an ``"end"``, which is a head, a table
+            that is one too, or a stem; a table, such as of places, that is ``"added"`` to one that is a head.
         vectors: values of a fresh model by name, of the norms and biases that a deep repair puts back.
     """
 
@@ -145,16 +147,15 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
     infos = {n: TensorInfo(t.shape, t.dtype) for n, t in source.tensors.items() if t.dtype is not None}
     try:
         selection: Selection = select_tensors(infos, rules, source.config)
-        outside, tables = _outside(infos, rules, source) if deep else ({}, {})
+        outside = _outside(infos, rules, source) if deep else {}
     except ArgumentError as error:
         raise ArgumentError(f"{getattr(source, 'path', 'the state dict')}: {error}") from None
     inside = {target.name: target for target in selection.targets}
-    targets = {**outside, **tables, **inside}
+    targets = {name: target for some in (*outside.values(), inside) for name, target in some.items()}
     special = {
-        **dict.fromkeys((name for name in outside if name not in inside), "end"),
-        **dict.fromkeys(tables, "table"),
+        **{name: what for what, some in outside.items() for name in some if what != "end" or name not in inside},
         **dict.fromkeys(roomy(targets.values(), infos), "roomy"),
-        **dict.fromkeys((name for name in outside if _one_channel(infos[name].shape)), "kernel"),
+        **dict.fromkeys((name for name in outside.get("end", ()) if _one_channel(infos[name].shape)), "kernel"),
     }
     skipped = {skip.name: skip.reason for skip in (*selection.skipped, *_unreadable(source))}
     vectors = _vectors(source, rules, skipped) if deep else {}
@@ -182,10 +183,8 @@ def _settle_shared(
             vectors.pop(name, None)
 
 
-def _outside(
-    infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource
-) -> tuple[dict[str, Target], dict[str, Target]]:
-    """Matrices outside the blocks, and token embeddings beside a head of their own."""
+def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource) -> dict[str, dict[str, Target]]:
+    """Targets outside the blocks by what they are: see :class:`Plan`; those that are no special thing are ends."""
     wider = replace(rules, preset="all")
     found = select_tensors(infos, wider, source.config)
     # Whether such a kernel is depthwise makes no difference to its norm, and only that is treated.
@@ -194,24 +193,25 @@ def _outside(
         include = (*rules.include, *map(glob.escape, kernels))
         found = select_tensors(infos, replace(wider, include=include), source.config)
     maps = {target.name: target for target in found.targets if _is_a_map(target, infos)}
-    tables = {target.name: target for target in found.targets if target.name not in maps}
-    untied = {name: target for name, target in maps.items() if not any(_tied(source, name, table) for table in tables)}
+    tables = {name: t for t in found.targets if (name := t.name) not in maps and t.role == "embedding"}
+    tied = tied_tables(source, tables, maps)
+    heads = set().union(*tied.values())
+    ends = {name: target for name, target in maps.items() if name not in heads or _is_stored_twice(source, name, tied)}
     # As many rows as a head has outputs: tokens, and not places, whose table is smooth and of low rank in health.
-    outputs = {infos[name].shape[0] for name, target in untied.items() if target.role == "head"}
-    return untied, {n: t for n, t in tables.items() if t.role == "embedding" and infos[n].shape[0] in outputs}
+    outputs = {infos[name].shape[0] for name, target in maps.items() if target.role == "head" and name not in heads}
+    tokens = {n: t for n, t in tables.items() if n not in tied and infos[n].shape[0] in outputs}
+    widths = {infos[name].shape[1:] for name in tied}
+    added = {n: t for n, t in tables.items() if n not in {*tied, *tokens} and infos[n].shape[1:] in widths}
+    return {"end": {**ends, **{name: tables[name] for name in tied}}, "table": tokens, "added": added}
+
+
+def _is_stored_twice(source: TensorSource, head: str, tied: Mapping[str, set[str]]) -> bool:
+    storages = {source.tensors[table].storage for table, heads in tied.items() if head in heads}
+    return source.tensors[head].storage not in storages
 
 
 def _one_channel(shape: tuple[int, ...]) -> bool:
     return len(shape) > 2 and shape[1] == 1
-
-
-def _tied(source: TensorSource, name: str, table: str) -> bool:
-    # Distributed checkpoints store a tied head and its table one by one: what is loaded last would win.
-    one, other = source.tensors[name], source.tensors[table]
-    if one.storage == other.storage:
-        return True
-    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
-    return alike and all(torch.equal(a, b) for a, b in zip(source.blocks(name), source.blocks(table), strict=False))
 
 
 def _is_a_map(target: Target, infos: Mapping[str, TensorInfo]) -> bool:

@@ -45,6 +45,9 @@ WHOLE_MATRIX_SHAPES = ("equal", "noise")
 """Shapes that act on the whole matrix: ``equal`` heeds no edge but ``init``, ``noise`` smooths nothing."""
 
 
+_SAME = 1e-4
+"""Norms that differ by less, as stable ranks may, are the same."""
+
 LOWERING_SHAPES = ("clip", "softplus", "log")
 """Shapes that bring whatever is above the edge down towards it; the others keep sums, or heed no edge."""
 
@@ -343,6 +346,30 @@ def _equal(W: Tensor, smoothing: Smoothing) -> Correction:
         fresh = smoothing.level(m, n) * math.sqrt(m * n) / (math.sqrt(m) + math.sqrt(n))
         level = torch.minimum(level, fresh / count.to(level.dtype).sqrt())
     return _from_triplets(found, level[..., 0], torch.where(nonzero, found.S - level, torch.zeros_like(found.S)))
+
+
+def scaled(W: Tensor, most: float) -> Correction:
+    r"""All singular values by one factor, ``min(1, most / ||W||_F)``.
+
+    Args:
+        W: a matrix ``(m, n)``.
+        most: the Frobenius norm that it may have.
+
+    Returns:
+        The correction, as one factor of ``W`` itself; without any where ``W`` is smaller, but for rounding.
+
+    Example:
+        >>> W = torch.diag(torch.tensor([6.0, 8.0]))
+        >>> scaled(W, most=5.0).apply(W).diag().tolist()
+        [3.0, 4.0]
+    """
+    W = checked_matrices(W)
+    found = dominant_directions(W, rank=0)
+    norm = float(found.spectral_norm) * math.sqrt(float(found.stable_rank))
+    fall = 1 - most / norm if norm > most * (1 + _SAME) else 0.0
+    identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+    whole = replace(found, U=W, S=W.new_ones(W.shape[-1]), Vh=identity, residual=W.new_zeros(W.shape[-1]))
+    return _from_triplets(whole, found.spectral_norm * (1 - fall), fall * whole.S)
 
 
 def _noise(W: Tensor, smoothing: Smoothing, generator: torch.Generator | None) -> Correction:

@@ -9,7 +9,12 @@ the spectral norm of a fresh one, or at its own bulk (``deep-clip-init`` and ``d
 # Note [Token tables]
 A deadly rate collapses the table of tokens as well, and its fresh scale is unknown, so it keeps its norm. What goes
 on ends lower for it or level (``deep-tables-left`` is without). Tables of places are smooth and of low rank in health;
-made flat in single runs, they cost a BERT 0.2 nats. A table that is tied to the head is left alone.
+made flat in single runs, they cost a BERT 0.2 nats.
+
+A table that is the head as well (:mod:`pss_param.ties`) is treated as a head. Left as a deadly rate made it, it turned
+the first logits after a repair of a small GPT-2 into a loss of 17 to 31 nats, and what went on from there ended behind
+fresh weights (``repair-tables-left`` in ``examples/benchmarks/results/gpt2-small-0.json`` and its neighbours). Tables
+that are added to it come down to the norm of fresh ones, all values by one factor, or they would outweigh it.
 
 # Note [Scale of a deep repair]
 The two numbers below were chosen on few runs, and differ little from others: ``deep-scale-...`` and ``deep-ends-...``.
@@ -33,7 +38,7 @@ from pss_param.lowrank import Correction
 from pss_param.options import RepairOptions, pick_device
 from pss_param.report import MatrixReport, TensorReport
 from pss_param.room import DEEP
-from pss_param.smoothing import Smoothing, correction
+from pss_param.smoothing import Smoothing, correction, scaled
 from pss_param.spectrum import spectral_norm, stable_rank
 from pss_param.targets import Target
 
@@ -173,6 +178,8 @@ class Surgeon:
         return result
 
     def _correct(self, target: Target, part: Part, index: tuple[int, ...]) -> Correction:
+        if self.special.get(target.name) == "added":
+            return scaled(part.values[index], self._norm_beside_a_head(target, part.values.shape[-2:]))
         rule = self._rule(target, part.values.shape[-1])
         if rule.edge == "reference" and part.healthy is not None:
             rule = replace(rule, reference=float(spectral_norm(part.healthy[index])))
@@ -181,15 +188,24 @@ class Surgeon:
         generator = torch.Generator().manual_seed(seed)
         return correction(part.values[index], rule, generator=generator)
 
+    def _norm_beside_a_head(self, target: Target, shape: Sequence[int]) -> float:
+        """That of a fresh table; without a limit where the head itself keeps its scale."""
+        std = self.options.rule().init_std or target.init_std or fresh_std(shape[-1])
+        return std * math.sqrt(math.prod(shape)) if self._flattens else math.inf
+
+    @property
+    def _flattens(self) -> bool:
+        rule = self.options.rule()
+        return self.options.deep and (rule.shape, rule.edge) == ("equal", "init")
+
     def _rule(self, target: Target, columns: int) -> Smoothing:
         rule, what = self.options.rule(), self.special.get(target.name)
         std = rule.init_std or target.init_std
-        flattens = self.options.deep and (rule.shape, rule.edge) == ("equal", "init")
         if what == "table":
             return Smoothing("equal", tol=rule.tol)
-        if what == "kernel" or (what == "roomy" and flattens):  # which may follow any other rule
+        if what == "kernel" or (what == "roomy" and self._flattens):  # which may follow any other rule
             return Smoothing("clip", lambda W: CLIPPED[what] * init(W, std), tol=rule.tol)
-        if flattens:
+        if self._flattens:
             scale = DEEP_SCALE * (ENDS if what == "end" else 1)
             return replace(rule, init_std=scale * (std or fresh_std(columns)))
         return replace(rule, init_std=std) if rule.edge in {"init", "mild"} else rule

@@ -157,7 +157,8 @@ def test_small_eigenproblems_wherever_they_are_solved(count: int, columns: int) 
     rows = torch.randn(count, columns, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     A = rows @ rows.mT
     values, vectors = eigh(A.cuda())
-    assert values.is_cuda and vectors.is_cuda
+    assert values.is_cuda
+    assert vectors.is_cuda
     assert torch.allclose(values.cpu(), torch.linalg.eigvalsh(A), rtol=1e-9)
     assert torch.allclose((vectors * values[:, None, :] @ vectors.mT).cpu(), A, atol=1e-8)
     assert torch.allclose(eigvalsh(A.cuda()).cpu(), torch.linalg.eigvalsh(A), rtol=1e-9)

@@ -2,12 +2,13 @@
 """A 124M-parameter GPT-2 on a GPU: at which learning rates it lives, and what comes back after it has died.
 
 The network is transformers' GPT-2 in bfloat16 autocast, the text Python's standard library, the loop, the methods and
-the definition of death are those of the suite (`stability.py`). The range: trained from scratch at multiples of 1.5e-4.
+the definition of death are those of the suite (`stability.py`). The range: trained from scratch at multiples of a rate.
 The rescues: an *early* death (from scratch at a deadly rate, then on at that rate) and a *late* one (trained to health,
 killed by a higher rate, then on at the healthy rate), each saved as a Hugging Face `Trainer` would, repaired by the
 command, loaded again and trained on.
 
     for seed in 0 1 2; do python examples/benchmarks/gpt2.py --seed $seed & done; wait   # ten minutes on an H100
+    python examples/benchmarks/gpt2.py --size gpt2-small --device cpu --multiples 1,4,16,32,64   # on two cores
     python examples/benchmarks/gpt2.py --report               # the README's table, from the results of all seeds
     python examples/benchmarks/gpt2.py --size tiny --device cpu --json /tmp/tiny.json
 
@@ -19,13 +20,14 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import click
 import torch
 from large.measuring import WAYS, at_rate, rescues
-from large.network import RATE, SIZES, task
+from large.network import SIZES, task
 from large.report import put
 from suite.task import Task
 
@@ -33,10 +35,11 @@ RESULTS = Path(__file__).parent / "results"
 README = RESULTS.parents[2] / "README.md"
 
 
-def stored() -> list[dict[str, object]]:
-    """What was measured, one a seed, in the order of the seeds."""
+def stored() -> list[list[dict[str, object]]]:
+    """What was measured: of each size the seeds in their order."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("gpt2-*.json")]
-    return sorted(found, key=lambda each: each["seed"])
+    seeds = sorted(found, key=lambda each: each["seed"])
+    return [same for size in SIZES if (same := [each for each in seeds if each["size"] == size])]
 
 
 def versions(device: str) -> dict[str, str]:
@@ -82,7 +85,7 @@ class Results:
 
 def every_rate(learned: Task, results: Results, methods: list[str], multiples: list[float]) -> None:
     """Train from scratch wherever that was not done yet."""
-    for multiple, method in product(multiples, methods):
+    for method, multiple in product(methods, multiples):
         if not results.has_rate(method, multiple):
             row = {"method": method, "multiple": multiple} | at_rate(learned, method, multiple, results.found["seed"])
             results.found["range"].append(row)
@@ -92,16 +95,16 @@ def every_rate(learned: Task, results: Results, methods: list[str], multiples: l
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--size", type=click.Choice([*SIZES]), default="gpt2", show_default=True)
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--methods", default="nothing,clip-1.0,warmup,pss-default", show_default=True, help="Of the suite.")
-@click.option("--multiples", default="1,4,16,64,128,256", show_default=True, help="Of the rate 1.5e-4.")
-@click.option("--early", default=128.0, show_default=True, help="Multiple that kills from the start.")
-@click.option("--late", default=256.0, show_default=True, help="Multiple that kills what has learned.")
+@click.option("--methods", default="nothing,pss-default,clip-1.0,warmup", show_default=True, help="Of the suite.")
+@click.option("--multiples", default="1,4,16,64,128,256", show_default=True, help="Of the rate of the size.")
+@click.option("--early", type=float, help="Multiple that kills from the start; 0 for none.  [by size]")
+@click.option("--late", type=float, help="Multiple that kills what has learned; 0 for none.  [by size]")
 @click.option("--ways", default=",".join(WAYS), show_default=True, help="After a death.")
 @click.option("--seed", default=0, show_default=True, help="Of weights and batches.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Where the numbers go.  [results/gpt2-SEED.json]")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Where the numbers go.  [results/SIZE-SEED.json]")
 @click.option("--report", "only_report", is_flag=True, help="The README's table from the results; measure nothing.")
 def main(
-    size: str, device: str, methods: str, multiples: str, early: float, late: float, ways: str, seed: int,
+    size: str, device: str, methods: str, multiples: str, early: float | None, late: float | None, ways: str, seed: int,
     out: Path | None, only_report: bool,
 ) -> None:  # fmt: skip
     """Measure what is missing, or write the README's table."""
@@ -110,16 +113,18 @@ def main(
     elif device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("this needs a GPU; --size tiny --device cpu tries the program out")
     else:
-        learned, deaths = task(SIZES[size], device, early, late), {"early": early, "late": late}
-        results = Results(out or RESULTS / f"gpt2-{seed}.json", {
-            "size": size, "rate": RATE, "steps": learned.steps, "trivial": learned.trivial, "seed": seed,
+        chosen = SIZES[size]
+        chosen = replace(chosen, **{k: v for k, v in {"early": early, "late": late}.items() if v is not None})
+        learned, deaths = task(chosen, device), {"early": chosen.early, "late": chosen.late}
+        results = Results(out or RESULTS / f"{size}-{seed}.json", {
+            "size": size, "rate": chosen.rate, "steps": learned.steps, "trivial": learned.trivial, "seed": seed,
             "versions": versions(device),
         })  # fmt: skip
-        every_rate(learned, results, methods.split(","), [float(each) for each in multiples.split(",") if each])
         for kind, multiple in deaths.items():
             if multiple:
                 death = results.found["rescues"].setdefault(f"{kind}-{multiple:g}", {"kind": kind, "deadly": multiple})
                 rescues(learned, death, ways.split(","), seed, results.save)
+        every_rate(learned, results, methods.split(","), [float(each) for each in multiples.split(",") if each])
 
 
 if __name__ == "__main__":

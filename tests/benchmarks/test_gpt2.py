@@ -50,7 +50,7 @@ def death(*ways: str, dead: bool = True) -> dict[str, object]:
 
 
 def test_what_died_and_what_was_not_measured_is_shown_as_such():
-    found = STORED[0] | {"range": [row(1, 2.0), row(4, 9.0, dead=True, method="warmup")], "rescues": {}}
+    found = STORED[0][0] | {"range": [row(1, 2.0), row(4, 9.0, dead=True, method="warmup")], "rescues": {}}
     text = report.section([found])
     assert "one seed" in text
     assert "| nothing | 2.00 | - |" in text
@@ -59,7 +59,7 @@ def test_what_died_and_what_was_not_measured_is_shown_as_such():
 
 
 def test_seeds_become_a_mean_and_a_spread():
-    first = STORED[0] | {"range": [row(1, 2.0), row(4, 3.0)], "rescues": {"late-64": death("repair", "restart")}}
+    first = STORED[0][0] | {"range": [row(1, 2.0), row(4, 3.0)], "rescues": {"late-64": death("repair", "restart")}}
     second = first | {"range": [row(1, 4.0), row(4, 9.0, dead=True)]}
     second["rescues"] = {"late-64": death("repair", dead=False)}
     text = report.section([first, second])

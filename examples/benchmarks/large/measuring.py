@@ -29,7 +29,7 @@ class Way:
     """One way to go on after a death.
 
     Args:
-        start: "dead", "repaired", "scratch" or "healthy" (late deaths: the checkpoint before the rate was raised).
+        start: "dead", one of :data:`REPAIRS`, "scratch" or "healthy" (late deaths: before the rate was raised).
         method: what is done while training on.
     """
 
@@ -37,10 +37,14 @@ class Way:
     method: str = "nothing"
 
 
+REPAIRS = {"repaired": (), "tables-left": ("--exclude", "*wte*")}
+"""Arguments of the command; the second leaves the table of tokens, which is the head as well, and its places."""
+
 WAYS = {
     "continue": Way("dead"),
     "repair": Way("repaired"),
     "repair-guard": Way("repaired", "pss-default"),
+    "repair-tables-left": Way("tables-left"),
     "restart": Way("scratch"),
     "restart-guard": Way("scratch", "pss-default"),
     "roll-back": Way("healthy"),
@@ -78,10 +82,10 @@ class Death:
         self.final, self.dead = trace.final, trace.dead(task.trivial)
         self._save(run)
 
-    def repair(self) -> dict[str, object]:
+    def repair(self, name: str = "repaired") -> dict[str, object]:
         """Run the command, and say how long that took and what it printed last."""
-        began = time.perf_counter()
-        command = [sys.executable, "-m", "pss_param", str(self.folder / "dead"), "-o", str(self.folder / "repaired")]
+        began, dead, out = time.perf_counter(), str(self.folder / "dead"), str(self.folder / name)
+        command = [sys.executable, "-m", "pss_param", dead, "-o", out, *REPAIRS[name]]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=self.folder)
         return {"seconds": round(time.perf_counter() - began, 2), "lines": done.stdout.strip().splitlines()[-6:]}
 
@@ -100,6 +104,8 @@ class Death:
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
 
     def _begun(self, way: Way, method: object) -> Run:
+        if way.start in REPAIRS and not (self.folder / way.start).exists():
+            self.repair(way.start)
         run = fresh(self.task, method, self.seed + OTHER_SEEDS * (way.start == "scratch"))
         if way.start == "scratch":
             return run

@@ -28,6 +28,9 @@ class Size:
         batch: windows per step.
         steps: of a run.
         dying: steps at a deadly rate.
+        rate: at which it learns without help.
+        early: multiple of the rate that kills from the start.
+        late: multiple that kills what has learned.
     """
 
     width: int = 768
@@ -38,11 +41,17 @@ class Size:
     batch: int = 8
     steps: int = 150
     dying: int = 100
+    rate: float = 1.5e-4
+    early: float = 128.0
+    late: float = 256.0
 
 
-SIZES = {"gpt2": Size(), "tiny": Size(64, 2, 2, 500, 32, 4, 12, 6)}
-RATE = 1.5e-4
-"""A quarter of the rate of GPT-3 124M (Brown et al. 2020, table 2.1), which needs the warm-up that is a rival here."""
+SIZES = {
+    # A quarter of the rate of GPT-3 124M (Brown et al. 2020, table 2.1), which needs the warm-up that is a rival here.
+    "gpt2": Size(),
+    "gpt2-small": Size(128, 4, 4, 2000, 64, 8, 300, 150, 1e-3, 32.0, 64.0),
+    "tiny": Size(64, 2, 2, 500, 32, 4, 12, 6),
+}
 
 
 class GPT2(GPT2LMHeadModel):
@@ -67,20 +76,18 @@ def build(size: Size, device: str) -> GPT2:
         return GPT2(config)
 
 
-def task(size: Size, device: str, early: float = 0.0, late: float = 0.0) -> Task:
+def task(size: Size, device: str) -> Task:
     """Put GPT-2 on Python's standard library.
 
     Args:
-        size: of network and batch.
+        size: of network and batch, and the rates.
         device: where it trains.
-        early: multiple of the rate that kills from the start.
-        late: multiple that kills what has learned.
 
     Returns:
         The task.
     """
-    text = tokens(size.vocabulary, size.batch, size.context, device)
+    text, rate = tokens(size.vocabulary, size.batch, size.context, device), size.rate
     return Task(
-        "gpt2-adamw", partial(build, size, device), text, "adamw", RATE, size.steps, early * RATE, late * RATE,
-        size.dying,
+        "gpt2-adamw", partial(build, size, device), text, "adamw", rate, size.steps, size.early * rate,
+        size.late * rate, size.dying,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 BEGIN, END = "<!-- gpt2: begin -->", "<!-- gpt2: end -->"
+NAMES = {"gpt2": "GPT-2, 124M parameters", "gpt2-small": "A GPT-2 of 4 layers and 128 columns"}
 Found = dict[str, Any]
 
 
@@ -56,21 +57,23 @@ def section(seeds: list[Found]) -> str:
     versions, trials = first["versions"], "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
     repairs = [death["repair"]["seconds"] for found in seeds for death in found["rescues"].values()]
     lines = [
-        f"GPT-2, 124M parameters, {versions['device']}, torch {versions['torch']}, {trials}; loss in nats over the "
+        f"{NAMES[first['size']]}, {versions['device']}, torch {versions['torch']}, {trials}; loss in nats over the "
         f"last 50 of {first['steps']} steps, token frequencies alone {first['trivial']:.2f}. Trained from scratch:",
         "",
         *by_rate(seeds),
     ]
     if repairs:
-        lines += ["", "After a death, as many steps again:", "", *after_death(seeds), "", _repairs(repairs)]
+        lines += ["", "After a death, as many steps again:", "", *after_death(seeds)]
+    if repairs and first["size"] == "gpt2":
+        lines += ["", _repairs(repairs)]
     return "\n".join(lines)
 
 
-def put(readme: Path, seeds: list[Found]) -> None:
+def put(readme: Path, sizes: list[list[Found]]) -> None:
     """Write the section between the markers of a README."""
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN, 1)
-    readme.write_text(f"{head}{BEGIN}\n{section(seeds)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    head, rest = readme.read_text(encoding="utf-8").split(BEGIN, 1)
+    text = "\n\n".join(map(section, sizes))
+    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def _after(deaths: list[Found], way: str) -> list[Found]:
