@@ -14,7 +14,7 @@ from pss_param.checkpoint import StoredTensor
 from pss_param.errors import ArgumentError
 from pss_param.room import roomy
 from pss_param.selection import matches
-from pss_param.targets import ONE_CHANNEL, Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
+from pss_param.targets import EXCLUDED, ONE_CHANNEL, Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
 from pss_param.ties import tied_tables
 from pss_param.vectors import initial_value
 
@@ -159,6 +159,7 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
     }
     skipped = {skip.name: skip.reason for skip in (*selection.skipped, *_unreadable(source))}
     vectors = _vectors(source, rules, skipped) if deep else {}
+    _spare_shared(source, targets, vectors, skipped)
     _settle_shared(source, targets, vectors, skipped)
     order = list(source.tensors)
     return Plan(
@@ -167,6 +168,18 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
         {name: what for name, what in special.items() if name in targets},
         vectors,
     )
+
+
+def _spare_shared(
+    source: TensorSource, targets: dict[str, Target], vectors: dict[str, float], skipped: dict[str, str]
+) -> None:
+    """What shares its bytes with an excluded tensor stays as that does."""
+    excluded = {source.tensors[name].storage: name for name, why in skipped.items() if why.startswith(EXCLUDED)}
+    for name, stored in source.tensors.items():
+        if excluded.get(stored.storage, name) != name:
+            skipped[name] = f"shares its bytes with {excluded[stored.storage]}, which is excluded"
+            targets.pop(name, None)
+            vectors.pop(name, None)
 
 
 def _settle_shared(
@@ -193,8 +206,8 @@ def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: Tensor
         include = (*rules.include, *map(glob.escape, kernels))
         found = select_tensors(infos, replace(wider, include=include), source.config)
     maps = {target.name: target for target in found.targets if _is_a_map(target, infos)}
-    tables = {name: t for t in found.targets if (name := t.name) not in maps and t.role == "embedding"}
-    tied = tied_tables(source, tables, maps)
+    others = {target.name: target for target in found.targets if target.name not in maps}
+    tables, tied = {n: t for n, t in others.items() if t.role == "embedding"}, tied_tables(source, others, maps)
     heads = set().union(*tied.values())
     ends = {name: target for name, target in maps.items() if name not in heads or _is_stored_twice(source, name, tied)}
     # As many rows as a head has outputs: tokens, and not places, whose table is smooth and of low rank in health.
@@ -202,7 +215,7 @@ def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: Tensor
     tokens = {n: t for n, t in tables.items() if n not in tied and infos[n].shape[0] in outputs}
     widths = {infos[name].shape[1:] for name in tied}
     added = {n: t for n, t in tables.items() if n not in {*tied, *tokens} and infos[n].shape[1:] in widths}
-    return {"end": {**ends, **{name: tables[name] for name in tied}}, "table": tokens, "added": added}
+    return {"end": {**ends, **{name: others[name] for name in tied}}, "table": tokens, "added": added}
 
 
 def _is_stored_twice(source: TensorSource, head: str, tied: Mapping[str, set[str]]) -> bool:
@@ -227,7 +240,7 @@ def _vectors(source: TensorSource, rules: TargetRules, skipped: dict[str, str]) 
         value = initial_value(name, stored.shape, source.config, shapes) if stored.floating else None
         pattern = next((pattern for pattern in rules.exclude if matches(name, pattern)), None)
         if value is not None and pattern is not None:
-            skipped[name] = f"excluded by {pattern!r}"
+            skipped[name] = f"{EXCLUDED} {pattern!r}"
         elif value is not None:
             found[name] = value
     return found

@@ -68,6 +68,9 @@ __all__ = [
 MAYBE_A_TABLE = "a matrix without a bias, where others have one, may be an embedding; include it by name"
 """Why such a matrix outside numbered blocks is skipped."""
 
+EXCLUDED = "excluded by"
+"""How the reason begins why a weight is left that a user excluded."""
+
 ONE_CHANNEL = "a kernel of one input channel may be depthwise; include it by name to take it as one matrix"
 """Why such a kernel is skipped."""
 
@@ -224,7 +227,7 @@ class _Selector:
     def _left_out(self, weight: Weight) -> str:
         pattern = self._excluded(weight.name)
         if pattern:
-            return f"excluded by {pattern!r}"
+            return f"{EXCLUDED} {pattern!r}"
         if self._included(weight.name):
             return ""
         preset, role = self.rules.preset, self.roles[weight.name]

@@ -45,7 +45,8 @@ def says_tied(config: Mapping[str, Any]) -> bool:
         >>> says_tied({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False})
         False
     """
-    names, said = config.get("architectures") or (), config.get("tie_word_embeddings")
+    listed, said = config.get("architectures"), config.get("tie_word_embeddings")
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     if said is False:
         return False
     if any(_LANGUAGE_MODEL.search(name) for name in names):
@@ -58,8 +59,8 @@ def tied_tables(source: _Source, tables: Mapping[str, Target], maps: Mapping[str
 
     Args:
         source: the tensors; only a head that looks like a table is read.
-        tables: embeddings outside the blocks, by name.
-        maps: other matrices outside the blocks, heads among them.
+        tables: matrices outside the blocks that may be tables, by name.
+        maps: the other matrices there, heads among them.
 
     Returns:
         Their names, with the names that the head has by itself, if any.
