@@ -88,10 +88,11 @@ class RepairOptions:
             :mod:`pss_param.strength`, and is ``"gentle"`` where edge, smoothing, rank, targets or where are given.
             ``"gentle"`` brings down what stands out of the matrices inside the blocks and keeps the rest.
             ``"deep"`` undoes all that a deadly learning rate does: all matrices get equal singular values at 1.2 times
-            the Frobenius norm of fresh ones, heads and stems at 2.4 times, token embeddings beside a head of their own
-            at the norm that they have; matrices that outgrow fresh ones in health too (:mod:`pss_param.room`) are
-            clipped at three times a fresh one's spectral norm, kernels of one input channel at twice; gains of norms go
-            back to 1 and biases to 0. Other embeddings stay.
+            the Frobenius norm of fresh ones, heads, tables that are heads as well and stems at 2.4 times, token
+            embeddings beside a head of their own at the norm that they have; matrices that outgrow fresh ones in health
+            too (:mod:`pss_param.room`) are clipped at three times a fresh one's spectral norm, kernels of one input
+            channel at twice; gains of norms go back to 1 and biases to 0. Tables that are added to one that is a head
+            come down to the norm of fresh ones; other embeddings stay.
     """
 
     smoothing: str | Callable[[Tensor, Tensor], Tensor] | None = None

@@ -153,7 +153,8 @@ def read_header(fd: int, size: int, path: Path) -> Header:
     try:
         return _read_header(fd, size)
     except ValueError as error:
-        raise CheckpointError(f"{path} is not a usable safetensors file: {error}") from None
+        what, way_out = (*error.args, "copy it again, or name an earlier checkpoint")[:2]
+        raise CheckpointError(f"{path} is not a usable safetensors file: {what}; {way_out}") from None
 
 
 def _read_header(fd: int, size: int) -> Header:
@@ -161,7 +162,7 @@ def _read_header(fd: int, size: int) -> Header:
         raise ValueError(f"it has {size} bytes, a header length alone has 8; it was cut off or never written")
     start = bytes(read_exact(fd, 0, min(size, len(LFS_POINTER))))
     if start == LFS_POINTER:
-        raise ValueError("it is a Git LFS pointer, not the file itself; run `git lfs pull` first")
+        raise ValueError("it is a Git LFS pointer, not the file itself", "run `git lfs pull` first")
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER:
         raise ValueError(f"its header would have {length} bytes, the format allows {MAX_HEADER}")

@@ -45,6 +45,7 @@ WAYS = {
     "repair": Way("repaired"),
     "repair-guard": Way("repaired", "pss-default"),
     "repair-tables-left": Way("tables-left"),
+    "repair-tables-left-guard": Way("tables-left", "pss-default"),
     "restart": Way("scratch"),
     "restart-guard": Way("scratch", "pss-default"),
     "roll-back": Way("healthy"),
