@@ -54,6 +54,7 @@ def test_a_small_grid_is_measured_and_taken_up_again(tmp_path, report):
     for cell in cells:
         assert cell["error"] <= cell["bound"] <= cell["target"]
         assert cell["ratios"]["svd_lowrank"] > 0
+        assert cell["at_our_error"]["ratio"] > 0
     table = report.table({"versions": "here", "cells": cells})
     assert "| `S ~ 1/j` | 2 |" in table
     assert "| **all** | 2 |" in table
