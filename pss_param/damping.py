@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -102,7 +102,7 @@ class Damping:
         self.rho: dict[str, float] = {}
         self.following = 1.0
         self._weight_of, self._companions, self._among, self._on = weight_of, companions, among, on
-        self._copies: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        self._copies: list[tuple[list[Tensor], list[Tensor], float]] = []
         self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
         self._unseen = 0
 
@@ -199,8 +199,11 @@ class Damping:
     @torch.no_grad()
     def after(self) -> None:
         r"""Draw back what was copied."""
-        for share, (weights, copies) in self._copies.items():
-            torch._foreach_lerp_(weights, copies, share)
+        for weights, copies, share in self._copies:
+            if len(weights) == 1:
+                weights[0].lerp_(copies[0], share)
+            else:
+                torch._foreach_lerp_(weights, copies, share)
         self._copies.clear()
         self._stepping = None
 
@@ -247,15 +250,23 @@ class _Hooks:
 _HOOKS = _Hooks()
 
 
-def _copied(damped: Iterable[tuple[Tensor, float]]) -> dict[float, tuple[list[Tensor], list[Tensor]]]:
-    """Weights and their copies by the share that is to be taken back: a GPU copies hundreds of them in some kernels."""
-    groups: dict[float, list[Tensor]] = {}
+def _copied(damped: Iterable[tuple[Tensor, float]]) -> list[tuple[list[Tensor], list[Tensor], float]]:
+    """Weights, their copies, and the share to be taken back: a GPU copies hundreds of plain ones in some kernels."""
+    groups: dict[tuple[float, int], list[Tensor]] = {}
     for weight, rho in damped:
-        groups.setdefault(1 - 1 / rho, []).append(_local(weight))
-    copies = {share: [torch.empty_like(weight) for weight in weights] for share, weights in groups.items()}
-    for share, weights in groups.items():
-        torch._foreach_copy_(copies[share], weights)
-    return {share: (weights, copies[share]) for share, weights in groups.items()}
+        local = _local(weight)
+        # A subclass is alone: its own dispatch would run a call of many once for each of its parts.
+        plain = type(local) in {Tensor, nn.Parameter}
+        groups.setdefault((1 - 1 / rho, 0 if plain else id(local)), []).append(local)
+    return [(weights, _copies_of(weights), share) for (share, _), weights in groups.items()]
+
+
+def _copies_of(weights: list[Tensor]) -> list[Tensor]:
+    if len(weights) == 1:
+        return [weights[0].clone()]
+    copies = [torch.empty_like(weight) for weight in weights]
+    torch._foreach_copy_(copies, weights)
+    return copies
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ __all__ = ["above_levels"]
 _ROUNDING = 1e-5
 """The part of the tolerance that is kept for the rounding of a float32 weight's norm."""
 _MOST_ELEMENTS = 1 << 24  # of W, worked on at once in float64: the peak is some ten times their bytes in float32
+_LEAST = 1e-12  # of a level over the norm, whose square is one part in float64
 _FILTER_FROM = 192  # columns; the whole spectrum of fewer takes less
 _SHARES = (8, 4)  # of the columns that a block may be wide: one after the other, while there is more above the level
 _ROOM = 8  # columns that have to be left below the level
@@ -55,6 +56,7 @@ _GROWTH = 16.0  # logarithm of the amplification at the level itself
 _RANGE = 12.0  # and of the largest one between two orthonormalisations
 _SQUARINGS = 5  # behind the bound on the largest eigenvalue: at most n^(1/64) above it, 1.11 for 768
 _SKEW = 1e-9  # what products of rows that count as orthonormal may be off by
+_MOST_POWER = 100  # of two, by which float32 rows are scaled
 _LEAK = 0.8  # the share of the tolerance that residuals may take
 
 
@@ -79,7 +81,7 @@ def above_levels(W: Tensor, scale: Tensor, requests: list[Request], which: list[
     Returns:
         By place in the batch; what is not here is left to the whole spectrum.
     """
-    asked = [i for i in which if (requests[i].level or 0.0) > 0 and requests[i].tol > 4 * _ROUNDING]
+    asked = [i for i in which if (requests[i].level or 0.0) > _LEAST and requests[i].tol > 4 * _ROUNDING]
     size, found = max(1, _MOST_ELEMENTS // (W.shape[1] * W.shape[2])), dict[int, Found]()
     for start in range(0, len(asked), size):
         found |= _of_some(W, scale, requests, asked[start : start + size], seed)
@@ -234,9 +236,11 @@ def _triplets(batch: _Batch, ritz: _Ritz, most: int) -> tuple[Tensor, Tensor, Te
     """``U, S, Vh`` of all, as many as the one with the most has."""
     W, Vh = batch.W, ritz.rows[:, :most].to(batch.W.dtype)
     wide = W.shape[-2] < W.shape[-1]
-    product = (W.mT if wide else W) @ Vh.mT
+    # By a power of two, so that neither the products nor their squares leave the dtype, at the scale of any weight.
+    size = torch.exp2(-batch.scale.double().log2().round().clamp(-_MOST_POWER, _MOST_POWER))
+    product = (W.mT if wide else W) @ (Vh * size.to(W.dtype)[:, None, None]).mT
     length = torch.linalg.vector_norm(product, dim=-2)
-    U, S = product / length[:, None, :], length / batch.scale.to(W.dtype)[:, None]
+    U, S = product / length[:, None, :], length / (batch.scale * size).to(W.dtype)[:, None]
     return (Vh.mT, S, U.mT) if wide else (U, S, Vh)
 
 

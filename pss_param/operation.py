@@ -89,6 +89,17 @@ class Job:
         """
         return self._by_storage[self.source.tensors[name].storage]
 
+    def names(self, name: str) -> list[str]:
+        r"""All names of a parameter, those too that are stored one by one.
+
+        Args:
+            name: one of them.
+
+        Returns:
+            :meth:`aliases`, and what the plan calls twins.
+        """
+        return list(dict.fromkeys([*self.aliases(name), *self.plan.twins.get(name, ())]))
+
     @cached_property
     def _by_storage(self) -> dict[Hashable, list[str]]:
         found: dict[Hashable, list[str]] = {}
@@ -221,7 +232,7 @@ class _Pass:
 
     def _restore(self, name: str, count: int) -> None:
         stored = self.job.source.tensors[name]
-        value = self.reference.get(name, stored.shape).to(stored.dtype).contiguous()
+        value = self.reference.get(self._in_reference(name), stored.shape).to(stored.dtype).contiguous()
         if lost := count_nonfinite([value]):
             raise NonFiniteError(
                 f"{name} of the reference does not fit into {stored.dtype_name}: {lost} value(s) overflow; "
@@ -238,7 +249,7 @@ class _Pass:
         job, target = self.job, self.job.plan.targets[name]
         weight, healthy = job.source.read(name), None
         if self.reference.present:
-            healthy = self.reference.get(name, tuple(weight.shape)).to(weight.device)
+            healthy = self.reference.get(self._in_reference(name), tuple(weight.shape)).to(weight.device)
             drift = measure_drift(target, weight, healthy)
             self.drift.append(drift)
             if job.options.where == "drifted" and drift.worst.ratio >= job.options.drifted_below:
@@ -259,9 +270,12 @@ class _Pass:
             for key, copy in zip(keys, copies, strict=True):
                 self._put_master(key, copy)
 
+    def _in_reference(self, name: str) -> str:
+        return next((known for known in self.job.names(name) if self.reference.has(known)), name)
+
     def _master_keys(self, name: str) -> tuple[str, ...]:
         optimizers = self.job.optimizers
-        return () if optimizers is None else optimizers.masters_of(self.job.aliases(name))
+        return () if optimizers is None else optimizers.masters_of(self.job.names(name))
 
     def _read_master(self, key: str, weight: Tensor) -> Tensor:
         master = self.job.source.read(key)
@@ -275,4 +289,5 @@ class _Pass:
     def _put_master(self, key: str, value: Tensor) -> None:
         if self.job.optimizers is not None:
             self.put(key, value.to(self.job.optimizers.layout.dtype(key)))
-        self.masters.append(key)
+        if key not in self.masters:
+            self.masters.append(key)

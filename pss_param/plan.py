@@ -2,7 +2,7 @@
 r"""From named tensors to the list of those that are smoothed, by names, shapes and types."""
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from pss_param.errors import ArgumentError
 from pss_param.room import roomy
 from pss_param.selection import matches
 from pss_param.targets import EXCLUDED, ONE_CHANNEL, Selection, Skipped, Target, TargetRules, TensorInfo, select_tensors
-from pss_param.ties import tied_tables
+from pss_param.ties import outputs_of, tied_tables
 from pss_param.vectors import initial_value
 
 
@@ -116,12 +116,14 @@ class Plan:
             fresh one in health (:mod:`pss_param.room`); a ``"table"`` of tokens; an ``"end"``, which is a head, a table
             that is one too, or a stem; a table, such as of places, that is ``"added"`` to one that is a head.
         vectors: values of a fresh model by name, of the norms and biases that a deep repair puts back.
+        twins: names of equal values that are stored one by one and mean one parameter, each with the others.
     """
 
     targets: Mapping[str, Target]
     skipped: Mapping[str, str]
     special: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[str, float] = field(default_factory=dict)
+    twins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> Plan:
@@ -147,7 +149,7 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
     infos = {n: TensorInfo(t.shape, t.dtype) for n, t in source.tensors.items() if t.dtype is not None}
     try:
         selection: Selection = select_tensors(infos, rules, source.config)
-        outside = _outside(infos, rules, source) if deep else {}
+        outside, twins = _outside(infos, rules, source) if deep else ({}, {})
     except ArgumentError as error:
         raise ArgumentError(f"{getattr(source, 'path', 'the state dict')}: {error}") from None
     inside = {target.name: target for target in selection.targets}
@@ -167,6 +169,7 @@ def make_plan(source: TensorSource, rules: TargetRules, deep: bool = False) -> P
         {name: skipped[name] for name in order if name in skipped and name not in targets and name not in vectors},
         {name: what for name, what in special.items() if name in targets},
         vectors,
+        twins,
     )
 
 
@@ -196,31 +199,59 @@ def _settle_shared(
             vectors.pop(name, None)
 
 
-def _outside(infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource) -> dict[str, dict[str, Target]]:
-    """Targets outside the blocks by what they are: see :class:`Plan`; those that are no special thing are ends."""
-    wider = replace(rules, preset="all")
-    found = select_tensors(infos, wider, source.config)
+def _outside(
+    infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource
+) -> tuple[dict[str, dict[str, Target]], dict[str, tuple[str, ...]]]:
+    """Targets outside the blocks by what they are, the ordinary ones as ends, and twins: see :class:`Plan`."""
+    wider = _with_kernels(infos, replace(rules, preset="all"), source)
+    allowed = {target.name for target in select_tensors(infos, wider, source.config).targets}
+    # What is tied is tied whether a user excludes one of its names or not.
+    found = select_tensors(infos, replace(wider, exclude=()), source.config).targets
+    maps = {target.name: target for target in found if _is_a_map(target, infos)}
+    others = {target.name: target for target in found if target.name not in maps}
+    groups = {table: {table, *heads} for table, heads in tied_tables(source, others, maps).items()}
+    tied = {table: group for table, group in groups.items() if group <= allowed}
+    allowed -= set().union(*(group for table, group in groups.items() if table not in tied))
+    parts = _parted(maps, others, tied, allowed, source)
+    twins = {name: tuple(sorted(group - {name})) for group in tied.values() for name in group if len(group) > 1}
+    return {what: {name: t for name, t in some.items() if name in allowed} for what, some in parts.items()}, twins
+
+
+def _with_kernels(infos: Mapping[str, TensorInfo], rules: TargetRules, source: TensorSource) -> TargetRules:
     # Whether such a kernel is depthwise makes no difference to its norm, and only that is treated.
+    found = select_tensors(infos, rules, source.config)
     kernels = [skip.name for skip in found.skipped if skip.reason == ONE_CHANNEL and skip.name.endswith("weight")]
-    if kernels:
-        include = (*rules.include, *map(glob.escape, kernels))
-        found = select_tensors(infos, replace(wider, include=include), source.config)
-    maps = {target.name: target for target in found.targets if _is_a_map(target, infos)}
-    others = {target.name: target for target in found.targets if target.name not in maps}
-    tables, tied = {n: t for n, t in others.items() if t.role == "embedding"}, tied_tables(source, others, maps)
-    heads = set().union(*tied.values())
-    ends = {name: target for name, target in maps.items() if name not in heads or _is_stored_twice(source, name, tied)}
+    return replace(rules, include=(*rules.include, *map(glob.escape, kernels))) if kernels else rules
+
+
+def _parted(
+    maps: Mapping[str, Target],
+    others: Mapping[str, Target],
+    tied: Mapping[str, set[str]],
+    allowed: set[str],
+    source: TensorSource,
+) -> dict[str, dict[str, Target]]:
+    heads, stored = set().union(*tied.values()), source.tensors
+    tables = {name: t for name, t in others.items() if t.role == "embedding" and name not in heads}
     # As many rows as a head has outputs: tokens, and not places, whose table is smooth and of low rank in health.
-    outputs = {infos[name].shape[0] for name, target in maps.items() if target.role == "head" and name not in heads}
-    tokens = {n: t for n, t in tables.items() if n not in tied and infos[n].shape[0] in outputs}
-    widths = {infos[name].shape[1:] for name in tied}
-    added = {n: t for n, t in tables.items() if n not in {*tied, *tokens} and infos[n].shape[1:] in widths}
-    return {"end": {**ends, **{name: others[name] for name in tied}}, "table": tokens, "added": added}
+    outputs = outputs_of(source, {name: t for name, t in maps.items() if name in allowed - heads})
+    tokens = {name: t for name, t in tables.items() if stored[name].shape[0] in outputs}
+    ends = {**maps, **{name: others[name] for name in heads if name in others}}
+    added = {name: t for name, t in tables.items() if name not in tokens and _is_added(name, tied, source)}
+    return {"end": ends, "table": tokens, "added": added}
 
 
-def _is_stored_twice(source: TensorSource, head: str, tied: Mapping[str, set[str]]) -> bool:
-    storages = {source.tensors[table].storage for table, heads in tied.items() if head in heads}
-    return source.tensors[head].storage not in storages
+def _is_added(name: str, tied: Iterable[str], source: TensorSource) -> bool:
+    """Whether a table is as wide as one that is a head, has no bias, and stands beside or below it."""
+    if f"{name.removesuffix('weight')}bias" in source.tensors:
+        return False
+    wide, stored = source.tensors[name].shape[1:], source.tensors
+    return any(stored[table].shape[1:] == wide and name.startswith(_module_of(table)) for table in tied)
+
+
+def _module_of(name: str) -> str:
+    """What holds the module of a weight, with a dot at the end: ``"transformer."`` of ``transformer.wte.weight``."""
+    return "".join(f"{word}." for word in name.split(".")[:-2])
 
 
 def _one_channel(shape: tuple[int, ...]) -> bool:

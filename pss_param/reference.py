@@ -66,6 +66,17 @@ class HealthySource:
         r"""Close the reference."""
         self._stack.close()
 
+    def has(self, name: str) -> bool:
+        r"""Say whether there is a counterpart of this name.
+
+        Args:
+            name: key of a tensor.
+
+        Returns:
+            The answer.
+        """
+        return self._source is not None and self._names.get(name, name) in self._source.tensors
+
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         r"""Read a counterpart.
 

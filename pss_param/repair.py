@@ -175,10 +175,10 @@ def _with_optimizer(job: Job, optimizers: OptimizerEditor, put: Callable[[str, T
         if put is not None:
             put(name, value)
 
-    optimizers.check([job.aliases(name) for name in (*job.plan.targets, *job.plan.vectors)], job.counts)
+    optimizers.check([job.names(name) for name in (*job.plan.targets, *job.plan.vectors)], job.counts)
     outcome = operate(job, note)
     repaired = [*(t.name for t in outcome.tensors if t.changed), *outcome.restored, *outcome.vectors]
-    reset = optimizers.reset([job.aliases(name) for name in repaired], note)
+    reset = optimizers.reset([job.names(name) for name in repaired], note)
     report = OptimizerReport(
         job.options.optimizer, len(optimizers.states), reset, outcome.masters, written, optimizers.origin
     )

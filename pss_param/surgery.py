@@ -49,6 +49,8 @@ DEEP_SCALE = 1.2
 ENDS = 2.0
 """As much more for heads and stems: Note [Scale of a deep repair]."""
 
+_ROUNDED = 0.01  # relative, of the squared norms of rows in bfloat16
+
 
 @dataclass(frozen=True)
 class Part:
@@ -132,7 +134,8 @@ class Surgeon:
             target: what it is and which matrices it is made of.
             weight: the stored tensor, finite.
             healthy: its counterpart in the reference, for ``edge="reference"``.
-            masters: copies of it in higher precision, which get the same correction.
+            masters: copies of it in higher precision. What is corrected is the first of them, and the rest become
+                casts of it: a correction of the weight itself would keep its rounding, which a deep repair makes large.
 
         Returns:
             The smoothed tensor, of the same type, shape and device (the given one where nothing changed), the
@@ -163,35 +166,40 @@ class Surgeon:
     ) -> list[Tensor]:
         # Every matrix of a batch on its own: less memory than all at once.
         old = result = [part.values, *copies]
+        finest = copies[0] if copies else part.values
         for index in part.indices:
-            fix = self._correct(target, part, index)
+            fix = self._correct(target, part, finest[index], index)
             if fix.is_noop:
                 into.append(_describe(part.label(index), old[0][index], old[0][index], fix))
                 continue
+            fresh = fix.apply(finest[index])
             if len(part.values.shape) == 2:
-                result = [fix.apply(values) for values in old]
+                result = [fresh.to(values.dtype) for values in old]
             else:
                 result = [values.clone() for values in old] if result is old else result
-                for values, before in zip(result, old, strict=True):
-                    values[index] = fix.apply(before[index])
+                for values in result:
+                    values[index] = fresh
             into.append(_describe(part.label(index), old[0][index], result[0][index], fix))
         return result
 
-    def _correct(self, target: Target, part: Part, index: tuple[int, ...]) -> Correction:
+    def _correct(self, target: Target, part: Part, matrix: Tensor, index: tuple[int, ...]) -> Correction:
         if self.special.get(target.name) == "added":
-            return scaled(part.values[index], self._norm_beside_a_head(target, part.values.shape[-2:]))
+            return scaled(matrix, self._norm_beside_a_head(target, matrix))
         rule = self._rule(target, part.values.shape[-1])
         if rule.edge == "reference" and part.healthy is not None:
             rule = replace(rule, reference=float(spectral_norm(part.healthy[index])))
         # One start per matrix: the result does not depend on which other tensors were chosen.
         seed = (zlib.crc32(f"{target.name}/{part.number}/{index}".encode()) ^ self.options.seed) & 0x7FFFFFFF
         generator = torch.Generator().manual_seed(seed)
-        return correction(part.values[index], rule, generator=generator)
+        return correction(matrix, rule, generator=generator)
 
-    def _norm_beside_a_head(self, target: Target, shape: Sequence[int]) -> float:
-        """That of a fresh table; without a limit where the head itself keeps its scale."""
-        std = self.options.rule().init_std or target.init_std or fresh_std(shape[-1])
-        return std * math.sqrt(math.prod(shape)) if self._flattens else math.inf
+    def _norm_beside_a_head(self, target: Target, table: Tensor) -> float:
+        """That of a fresh table; without a limit where the head keeps its scale, and where nothing was learned."""
+        if not self._flattens or _is_sinusoidal(table):
+            return math.inf
+        return (self.options.rule().init_std or target.init_std or fresh_std(table.shape[-1])) * math.sqrt(
+            table.numel()
+        )
 
     @property
     def _flattens(self) -> bool:
@@ -209,6 +217,12 @@ class Surgeon:
             scale = DEEP_SCALE * (ENDS if what == "end" else 1)
             return replace(rule, init_std=scale * (std or fresh_std(columns)))
         return replace(rule, init_std=std) if rule.edge in {"init", "mild"} else rule
+
+
+def _is_sinusoidal(table: Tensor) -> bool:
+    """Whether it holds sines and cosines of places: each pair of them adds one to the square of every row's norm."""
+    squares = torch.linalg.vector_norm(table.double(), dim=1).square() * (2 / table.shape[1])
+    return bool(((squares - 1).abs() < _ROUNDED).all())
 
 
 def _describe(label: str, old: Tensor, new: Tensor, fix: Correction) -> MatrixReport:

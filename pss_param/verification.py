@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Checking a repaired checkpoint again, from its bytes alone, against its report and its source."""
 
+import glob
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pss_param.checkpoint import Layout, open_checkpoint
 from pss_param.checkpoint.checking import first_difference, untouched
-from pss_param.errors import CheckpointError
+from pss_param.errors import ArgumentError, CheckpointError
 from pss_param.finite import count_nonfinite
 from pss_param.options import Progress, ProgressHook, Stage
 from pss_param.plan import make_plan
 from pss_param.report import Report, TensorReport, report_path
 from pss_param.scan import measure_matrices
-from pss_param.selection import TargetRules
+from pss_param.selection import Target, TargetRules
 from pss_param.surgery import digest
 from pss_param.version import __version__
 
@@ -164,12 +165,24 @@ def _check_measures(layout: Layout, report: Report) -> Iterator[str]:
         exclude=tuple(options["exclude"]),
         per_head=options["per_head"],
     )
-    targets = make_plan(layout, rules, deep=options.get("strength") == "deep").targets
+    targets = _targets_of(layout, rules, wanted, deep=options.get("strength") == "deep")
     for name, tensor in wanted.items():
         if name not in targets:
             yield f"{name} is a target of the report, but is none here"
         elif not count_nonfinite(layout.blocks(name)):
             yield from _check_tensor(layout, targets[name], tensor)
+
+
+def _targets_of(layout: Layout, rules: TargetRules, wanted: Iterable[str], deep: bool) -> Mapping[str, Target]:
+    """Those of a plan; what a config told the repair to take, which may be missing here, is taken by its name."""
+    targets = make_plan(layout, rules, deep=deep).targets
+    others = tuple(glob.escape(name) for name in wanted if name not in targets)
+    if not others:
+        return targets
+    try:
+        return {**targets, **make_plan(layout, replace(rules, preset="none", include=others)).targets}
+    except ArgumentError:  # what cannot be taken at all is a problem of the report
+        return targets
 
 
 def _check_tensor(layout: Layout, target: Any, tensor: TensorReport) -> Iterator[str]:

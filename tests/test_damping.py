@@ -77,6 +77,32 @@ def test_a_damped_update_is_that_of_a_smaller_learning_rate_and_others_are_as_ev
     damping.stop()
 
 
+class NoForeach(torch.Tensor):
+    """A subclass that has no operation on lists, as some quantised tensors."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if "foreach" in getattr(func, "__name__", ""):
+            raise NotImplementedError(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensor_subclasses_are_copied_one_by_one_and_leave_the_others_alone():
+    torch.manual_seed(0)
+    plain = {str(i): nn.Parameter(torch.zeros(4, 4)) for i in range(3)}
+    odd = nn.Parameter(torch.zeros(4, 4).as_subclass(NoForeach))
+    weights = plain | {"odd": odd}
+    damping = Damping(weights.get)
+    damping.strike(dict.fromkeys(weights, 4.0))
+    optimizer = torch.optim.SGD(weights.values(), lr=1.0, foreach=False)
+    for weight in weights.values():
+        weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    for weight in weights.values():
+        assert torch.equal(weight.detach().as_subclass(torch.Tensor), torch.full((4, 4), -0.25))
+    damping.stop()
+
+
 @given(st.lists(st.booleans(), max_size=60), st.floats(1.0, 4.0))
 def test_factors_follow_the_formula_and_hooks_are_there_while_there_are_any(strikes, factor):
     before = hooked()

@@ -90,6 +90,26 @@ def test_a_block_that_missed_something_has_no_proof(monkeypatch: pytest.MonkeyPa
     assert levels.above_levels(W, norms, requests, [0], seed=0) == {}
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-22, 1e15, 1e22, 1e34])
+@pytest.mark.parametrize("shape", [(200, 200), (200, 300), (300, 200)], ids=str)
+def test_triplets_at_any_scale_of_float32(shape: tuple[int, int], scale: float) -> None:
+    values = torch.cat([torch.tensor([10.0, 8.0]), torch.linspace(1, 0.1, 198)]).double()
+    exactly = with_spectrum(*shape, values).double()
+    W = (scale * exactly).float()[None]
+    norms = torch.linalg.matrix_norm(W.double())
+    found = levels.above_levels(W, norms, [Request(level=5 * scale / float(norms), tol=1e-3)], [0], seed=0)[0]
+    assert found.verdict.k == 2
+    assert torch.allclose(found.S.double() * norms / scale, values[:2], rtol=1e-4)
+    for side in (found.U.mT, found.Vh):
+        assert torch.allclose(side @ side.mT, torch.eye(2), atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [1e-13, 1e-77, 1e-165, 5e-324])
+def test_levels_whose_squares_are_nothing_are_left_to_the_whole_spectrum(level: float) -> None:
+    W = gaussian(200, 200)[None]
+    assert levels.above_levels(W, torch.linalg.matrix_norm(W.double()), [Request(level=level, tol=1e-3)], [0], 0) == {}
+
+
 @pytest.mark.parametrize("rank", [1, 5, 40])
 def test_rows_that_no_cholesky_factor_tells_apart_are_made_orthonormal_all_the_same(rank: int) -> None:
     values = torch.cat([torch.linspace(2.0, 1.1, rank), torch.zeros(240 - rank)]).double()

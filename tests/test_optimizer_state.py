@@ -150,6 +150,28 @@ def test_the_way_out_beside_master_copies_is_one_that_works(tmp_path):
     assert repair_checkpoint(tmp_path / "alone.pt").changed == report.changed
 
 
+def test_masters_and_weights_are_still_one_after_a_deep_repair_of_what_has_grown_a_lot(tmp_path):
+    torch.manual_seed(0)
+    net, optimizer = trained()
+    with torch.no_grad():
+        for weight, entry in optimizer.state.items():
+            weight.mul_(300)
+            entry["master_param"] = weight.detach().clone()
+    net = net.bfloat16()
+    write_param_order(net, optimizer, tmp_path / "order.json")
+    options = RepairOptions(strength="deep", param_order=tmp_path / "order.json")
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    assert repair_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", options).optimizer.masters
+    after = torch.load(tmp_path / "y.pt", weights_only=True)
+    masters = [entry["master_param"] for entry in after["optimizer"]["state"].values()]
+    for (name, _), master in zip(net.named_parameters(), masters, strict=True):
+        assert torch.equal(master.bfloat16(), after["model"][name])
+        if name.endswith("up_proj.weight"):
+            values = torch.linalg.svdvals(master)
+            assert float(values[0]) < 1.001 * float(values[-1])
+    repair_checkpoint(tmp_path / "y.pt", tmp_path / "z.pt", options)
+
+
 def test_bad_moments_that_would_be_kept_are_refused_with_the_way_that_needs_no_names(tmp_path):
     net, optimizer = trained(groups=2)
     next(iter(optimizer.state.values()))["exp_avg"][0] = float("inf")

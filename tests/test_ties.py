@@ -135,6 +135,119 @@ def test_a_config_tells_where_the_head_is_not_stored(tmp_path, config, tied) -> 
     assert torch.equal(after["wpe.weight"], weights["wpe.weight"]) != tied
 
 
+def stored_twice() -> dict[str, torch.Tensor]:
+    before = spoiled()
+    return before | {"lm_head.weight": before["lm_head.weight"].clone()}
+
+
+@pytest.mark.parametrize("kept", ["wte.weight", "lm_head.weight"])
+def test_a_reference_may_have_one_of_two_stored_names(kept: str) -> None:
+    reference = {name: value / 30 for name, value in spoiled().items() if name in {kept, "wpe.weight"} or "up" in name}
+    after, report = pss.repair_state_dict(stored_twice(), pss.RepairOptions(strength="deep", reference=reference))
+    assert torch.equal(after["wte.weight"], after["lm_head.weight"])
+    assert {drift.name for drift in report.drift} >= {"wte.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "lm_head.weight"])
+def test_excluding_one_of_two_stored_names_spares_the_other_and_the_places(name: str) -> None:
+    before = stored_twice()
+    _, report = pss.repair_state_dict(before, pss.RepairOptions(strength="deep", exclude=(name,)))
+    assert report.changed == ("h.0.mlp.up_proj.weight",)
+
+
+def test_a_head_whose_table_is_not_stored_takes_the_places_along() -> None:
+    before = {name: value for name, value in spoiled().items() if name != "wte.weight"}
+    after, _ = pss.repair_state_dict(before, DEEP)
+    assert is_a_head(after["lm_head.weight"])
+    assert float(after["wpe.weight"].norm()) == pytest.approx(fresh(PLACES), rel=1e-3)
+
+
+def test_sines_and_cosines_of_places_stay() -> None:
+    place, angle = torch.arange(PLACES)[:, None], 10 ** (-torch.arange(WIDTH // 2) / 6)
+    before = spoiled() | {"wpe.weight": torch.cat([(place * angle).sin(), (place * angle).cos()], dim=1)}
+    after, _ = pss.repair_state_dict(before, DEEP)
+    assert after["wpe.weight"] is before["wpe.weight"]
+
+
+def test_tables_of_another_stack_and_maps_with_a_bias_are_not_added_to_it() -> None:
+    table = spoiled()["wte.weight"]
+    before = {
+        "decoder.embed_tokens.weight": table,
+        "decoder.embed_positions.weight": 5 * torch.randn(PLACES, WIDTH),
+        "encoder.embed_positions.weight": 5 * torch.randn(PLACES, WIDTH),
+        "decoder.embedding_mapping.weight": 5 * torch.randn(PLACES, WIDTH),
+        "decoder.embedding_mapping.bias": torch.zeros(PLACES),
+        "decoder.layers.0.fc1.weight": 20 * torch.randn(WIDTH, WIDTH),
+        "lm_head.weight": table,
+    }
+    after, _ = pss.repair_state_dict(before, DEEP)
+    assert is_a_head(after["lm_head.weight"])
+    assert float(after["decoder.embed_positions.weight"].norm()) == pytest.approx(fresh(PLACES), rel=1e-3)
+    for name in ("encoder.embed_positions.weight", "decoder.embedding_mapping.weight"):
+        assert after[name] is before[name]
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"hidden_size": WIDTH}, True),
+        ({"hidden_size": 2 * WIDTH}, False),
+        ({"hidden_size": 2 * WIDTH, "embedding_size": WIDTH}, True),
+        ({"initializer_range": None}, False),
+        ({"architectures": ["ElectraForPreTraining"]}, False),
+        ({"architectures": ["BertForPreTraining"]}, True),
+        ({"model_type": "switch_transformers"}, False),
+        ({"vocab_size": VOCABULARY + 1}, False),
+        ({"vocab_size": None, "text_config": {"vocab_size": VOCABULARY, "hidden_size": WIDTH}}, True),
+        ({"text_config": {"tie_word_embeddings": False}}, False),
+    ],
+)
+def test_a_config_has_to_tell_all_of_it(tmp_path, config, tied) -> None:
+    weights = {name: value.contiguous() for name, value in spoiled().items() if name != "lm_head.weight"}
+    facts = {"architectures": ["MyForCausalLM"], "vocab_size": VOCABULARY, "initializer_range": 0.02} | config
+    after = repaired(tmp_path, weights, {key: value for key, value in facts.items() if value is not None})
+    assert torch.equal(after["wte.weight"], weights["wte.weight"]) != tied
+
+
+def repaired(folder, weights, config) -> dict[str, torch.Tensor]:
+    """Of a checkpoint with a config."""
+    (folder / "dead").mkdir()
+    save_file(weights, folder / "dead" / "model.safetensors")
+    (folder / "dead" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    pss.repair_checkpoint(folder / "dead", folder / "repaired", DEEP)
+    return load_file(folder / "repaired" / "model.safetensors")
+
+
+def test_a_report_is_verified_where_the_config_is_missing(tmp_path) -> None:
+    weights = {name: value.contiguous() for name, value in spoiled().items() if name != "lm_head.weight"}
+    facts = {"architectures": ["GPT2LMHeadModel"], "vocab_size": VOCABULARY, "initializer_range": 0.02}
+    (tmp_path / "dead").mkdir()
+    save_file(weights, tmp_path / "dead" / "model.safetensors")
+    (tmp_path / "dead" / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    report = pss.repair_checkpoint(tmp_path / "dead" / "model.safetensors", tmp_path / "out" / "x.safetensors", DEEP)
+    assert "wte.weight" in report.changed
+    assert not pss.verify_checkpoint(tmp_path / "out" / "x.safetensors").problems
+
+
+def test_a_bert_whose_width_is_its_number_of_places(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY,
+        max_position_embeddings=WIDTH,
+    )  # fmt: skip
+    model = transformers.BertForMaskedLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(30)
+    model.save_pretrained(tmp_path / "dead")
+    report = pss.repair_checkpoint(tmp_path / "dead", tmp_path / "repaired", DEEP)
+    places = {tensor.name: tensor for tensor in report.tensors}["bert.embeddings.position_embeddings.weight"]
+    assert places.matrices[0].stable_rank[1] == pytest.approx(places.matrices[0].stable_rank[0], rel=1e-3)
+    after = transformers.BertForMaskedLM.from_pretrained(tmp_path / "repaired")
+    assert is_a_head(after.cls.predictions.decoder.weight.detach(), 0.02)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_transformers_own_files(tmp_path, tie) -> None:
     transformers = pytest.importorskip("transformers")

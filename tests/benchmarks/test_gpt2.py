@@ -63,11 +63,11 @@ def test_seeds_become_a_mean_and_a_spread():
     second = first | {"range": [row(1, 4.0), row(4, 9.0, dead=True)]}
     second["rescues"] = {"late-64": death("repair", dead=False)}
     text = report.section([first, second])
-    assert "of 2 seeds" in text
+    assert "2 seeds, mean" in text
     assert "| nothing | 3.00 ± 1.41 | 3.00, 1 of 2 dead |" in text
     assert "| then | late, at 0.0096: dead in 1 of 2 |" in text
     assert "| repair | 3.00 ± 0.00 |" in text
-    assert "| restart | 3.00 |" in text
+    assert "| restart | 3.00 (1 seed) |" in text
     assert "took 5 to 8 s" in text
 
 

@@ -14,13 +14,14 @@ NAMES = {"gpt2": "GPT-2, 124M parameters", "gpt2-small": "A GPT-2 of 4 layers an
 Found = dict[str, Any]
 
 
-def losses(rows: list[Found]) -> str:
-    """Final losses of the seeds: mean and standard deviation, or how many died."""
+def losses(rows: list[Found], of: int) -> str:
+    """Final losses of the seeds: mean and standard deviation of those that live, how many died or are missing."""
     dead, alive = sum(row["dead"] for row in rows), [row["final"] for row in rows if not row["dead"]]
+    fewer = f" ({len(rows)} seed{'s' * (len(rows) > 1)})" if len(rows) < of else ""
     if not alive:
-        return "dead" if dead else "-"
+        return f"dead{fewer}" if dead else "-"
     spread = f" ± {stdev(alive):.2f}" if len(alive) > 1 else ""
-    return f"{mean(alive):.2f}{spread}" + (f", {dead} of {len(rows)} dead" if dead else "")
+    return f"{mean(alive):.2f}{spread}" + (f", {dead} of {len(rows)} dead" if dead else fewer)
 
 
 def by_rate(seeds: list[Found]) -> list[str]:
@@ -31,17 +32,19 @@ def by_rate(seeds: list[Found]) -> list[str]:
     multiples = sorted({multiple for _, multiple in cells})
     head = ["learning rate", *(f"{multiple * seeds[0]['rate']:.2g}" for multiple in multiples)]
     methods = dict.fromkeys(method for method, _ in cells)
-    return _table(head, [[method, *(losses(cells[method, each]) for each in multiples)] for method in methods])
+    n = len(seeds)
+    return _table(head, [[method, *(losses(cells[method, each], n) for each in multiples)] for method in methods])
 
 
 def after_death(seeds: list[Found]) -> list[str]:
     """Final losses of every way to go on, one column a death."""
     deaths: dict[str, list[Found]] = defaultdict(list)
     for name, death in chain.from_iterable(found["rescues"].items() for found in seeds):
-        deaths[name].append(death)
+        if death["ways"]:
+            deaths[name].append(death)
     ways = dict.fromkeys(way for death in chain(*deaths.values()) for way in death["ways"])
     head = ["then", *(_title(same, seeds[0]["rate"]) for same in deaths.values())]
-    return _table(head, [[way, *(losses(_after(same, way)) for same in deaths.values())] for way in ways])
+    return _table(head, [[way, *(losses(_after(same, way), len(seeds)) for same in deaths.values())] for way in ways])
 
 
 def section(seeds: list[Found]) -> str:
@@ -54,8 +57,11 @@ def section(seeds: list[Found]) -> str:
         Markdown.
     """
     first, n = seeds[0], len(seeds)
-    versions, trials = first["versions"], "one seed" if n == 1 else f"mean and standard deviation of {n} seeds"
-    repairs = [death["repair"]["seconds"] for found in seeds for death in found["rescues"].values()]
+    versions, trials = (
+        first["versions"],
+        "one seed" if n == 1 else f"{n} seeds, mean and standard deviation of those that live",
+    )
+    repairs = [death["repair"]["seconds"] for found in seeds for death in found["rescues"].values() if death["ways"]]
     lines = [
         f"{NAMES[first['size']]}, {versions['device']}, torch {versions['torch']}, {trials}; loss in nats over the "
         f"last 50 of {first['steps']} steps, token frequencies alone {first['trivial']:.2f}. Trained from scratch:",
