@@ -115,12 +115,12 @@ def test_the_report_and_the_copy_tell_the_choice(tmp_path):
         assert not pss.verify_checkpoint(tmp_path / "auto", tmp_path / "x.safetensors").problems
 
 
-def test_a_head_that_a_distributed_checkpoint_stores_beside_its_table_is_left_alone():
+def test_a_head_that_a_distributed_checkpoint_stores_beside_its_table_is_repaired_with_it():
     weights = network(5.0)
     weights["lm_head.weight"] = weights["embed.weight"].clone()
-    _, report = pss.repair_state_dict(weights)
-    assert "head.weight" in report.changed
-    assert "lm_head.weight" not in report.changed
+    after, report = pss.repair_state_dict(weights)
+    assert {"head.weight", "lm_head.weight", "embed.weight"} <= {*report.changed}
+    assert torch.equal(after["lm_head.weight"], after["embed.weight"])
 
 
 def test_blocks_are_named_only_where_there_are_some():
