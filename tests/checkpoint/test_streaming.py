@@ -97,5 +97,7 @@ def test_pages_are_given_back_only_where_nobody_held_them(tmp_path):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if not is_cold(fd, size):
             pytest.skip("this file system keeps all pages, or does not tell")
-        assert read_all(keep=False)
+        # A busy kernel may hold some pages for a moment, and then they were there before: from cold once more.
+        assert any(read_all(keep=False) or os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED) for _ in range(5))
+        assert is_cold(fd, size)
         assert not read_all(keep=True)
