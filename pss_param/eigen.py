@@ -30,7 +30,7 @@ __all__ = ["block_jacobi", "bound_by_powers", "eigh", "eigvalsh", "high_power", 
 
 _IN_ONE_KERNEL = 32
 _MANY = 16  # matrices from which the rounds of the block method take less time than as many calls
-_ON_HOST = 128
+_ON_HOST = 128  # columns up to which few matrices are brought to the CPU
 _BLOCK = 16
 _SWEEPS = 12
 _ENOUGH = 1e-12  # outside of the diagonal, over the whole; what is left moves values that lie apart by its square

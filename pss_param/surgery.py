@@ -12,9 +12,10 @@ on ends lower for it or level (``deep-tables-left`` is without). Tables of place
 made flat in single runs, they cost a BERT 0.2 nats.
 
 A table that is the head as well (:mod:`pss_param.ties`) is treated as a head. Left as a deadly rate made it, it turned
-the first logits after a repair of a small GPT-2 into a loss of 17 to 31 nats, and what went on from there ended behind
-fresh weights (``repair-tables-left`` in ``examples/benchmarks/results/gpt2-small-0.json`` and its neighbours). Tables
-that are added to it come down to the norm of fresh ones, all values by one factor, or they would outweigh it.
+the first logits after a repair of a small GPT-2 into a loss of 27 to 39 nats, and late deaths that went on from there
+ended 0.5 to 0.8 nats behind fresh weights (``repair-tables-left`` in ``examples/benchmarks/results/gpt2-small-0.json``
+and its neighbours). Tables that are added to it come down to the norm of fresh ones, all values by one factor, or they
+would outweigh it.
 
 # Note [Scale of a deep repair]
 The two numbers below were chosen on few runs, and differ little from others: ``deep-scale-...`` and ``deep-ends-...``.

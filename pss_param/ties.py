@@ -25,6 +25,7 @@ __all__ = ["outputs_of", "says_tied", "tied_tables"]
 _LANGUAGE_MODEL = re.compile(
     "LMHead|CausalLM|MaskedLM|(?<!Electra)(?<!Funnel)(?<!Splinter)ForPreTraining|ConditionalGeneration|DoubleHeads|MTModel"
 )
+# Families that divide the head's input by the root of the width, and whose config does not tell how tables are drawn.
 _SCALES_LOGITS = frozenset({"switch_transformers", "udop", "pix2struct"})
 _NO_OUTPUT = re.compile("Model$|For[A-Z]")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import pss_param as pss
+from pss_param.param_order import SCHEMA
 from pss_param.ties import says_tied
 
 WIDTH, VOCABULARY, PLACES = 24, 60, 30
@@ -123,13 +125,7 @@ def test_small_tables_are_not_blown_up() -> None:
 def test_a_config_tells_where_the_head_is_not_stored(tmp_path, config, tied) -> None:
     assert says_tied(config) == tied
     weights = {name: value.contiguous() for name, value in spoiled().items() if name != "lm_head.weight"}
-    dead, repaired = tmp_path / "dead", tmp_path / "repaired"
-    dead.mkdir()
-    save_file(weights, dead / "model.safetensors")
-    facts = config | {"vocab_size": VOCABULARY, "initializer_range": 0.02}
-    (dead / "config.json").write_text(json.dumps(facts), encoding="utf-8")
-    pss.repair_checkpoint(dead, repaired, DEEP)
-    after = load_file(repaired / "model.safetensors")
+    after = repaired(tmp_path, weights, config | {"vocab_size": VOCABULARY, "initializer_range": 0.02})
     assert is_a_head(after["wte.weight"], 0.02) == tied
     assert torch.equal(after["wte.weight"], weights["wte.weight"]) != tied
     assert torch.equal(after["wpe.weight"], weights["wpe.weight"]) != tied
@@ -153,6 +149,32 @@ def test_excluding_one_of_two_stored_names_spares_the_other_and_the_places(name:
     before = stored_twice()
     _, report = pss.repair_state_dict(before, pss.RepairOptions(strength="deep", exclude=(name,)))
     assert report.changed == ("h.0.mlp.up_proj.weight",)
+
+
+@pytest.mark.parametrize("mode", ["keep", "reset", "reset-all"])
+def test_an_optimizer_knows_one_parameter_under_two_stored_names(tmp_path, mode: str) -> None:
+    weights = {name: torch.nn.Parameter(value) for name, value in spoiled().items() if name != "lm_head.weight"}
+    optimizer = torch.optim.AdamW(weights.values())
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for weight, entry in optimizer.state.items():
+        entry["master_param"] = weight.detach().clone()
+    stored = {name: weight.detach() for name, weight in weights.items()}
+    stored["lm_head.weight"] = stored["wte.weight"].clone()
+    torch.save({"model": stored, "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    rows = [{"name": name, "shape": list(weight.shape)} for name, weight in weights.items()]
+    (tmp_path / "order.json").write_text(json.dumps({"schema": SCHEMA, "parameters": rows}), encoding="utf-8")
+    options = replace(DEEP, optimizer=mode, param_order=tmp_path / "order.json")
+    report = pss.repair_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", options)
+    after = torch.load(tmp_path / "y.pt", weights_only=True)
+    states = after["optimizer"]["state"].values()
+    assert torch.equal(after["model"]["wte.weight"], after["model"]["lm_head.weight"])
+    for entry, name in zip(states, weights, strict=True):
+        assert torch.equal(entry["master_param"], after["model"][name])
+    assert len(report.optimizer.masters) == len(weights)
+    assert all(bool(entry["exp_avg"].any()) == (mode == "keep") for entry in states)
+    assert not pss.verify_checkpoint(tmp_path / "y.pt", tmp_path / "x.pt").problems
 
 
 def test_a_head_whose_table_is_not_stored_takes_the_places_along() -> None:
@@ -209,11 +231,16 @@ def test_a_config_has_to_tell_all_of_it(tmp_path, config, tied) -> None:
     assert torch.equal(after["wte.weight"], weights["wte.weight"]) != tied
 
 
+def write(folder, weights, config) -> None:
+    """A checkpoint with a config."""
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def repaired(folder, weights, config) -> dict[str, torch.Tensor]:
-    """Of a checkpoint with a config."""
-    (folder / "dead").mkdir()
-    save_file(weights, folder / "dead" / "model.safetensors")
-    (folder / "dead" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    """What a deep repair makes of it."""
+    write(folder / "dead", weights, config)
     pss.repair_checkpoint(folder / "dead", folder / "repaired", DEEP)
     return load_file(folder / "repaired" / "model.safetensors")
 
@@ -221,13 +248,20 @@ def repaired(folder, weights, config) -> dict[str, torch.Tensor]:
 def test_a_report_is_verified_where_the_config_is_missing(tmp_path) -> None:
     weights = {name: value.contiguous() for name, value in spoiled().items() if name != "lm_head.weight"}
     facts = {"architectures": ["GPT2LMHeadModel"], "vocab_size": VOCABULARY, "initializer_range": 0.02}
-    (tmp_path / "dead").mkdir()
-    save_file(weights, tmp_path / "dead" / "model.safetensors")
-    (tmp_path / "dead" / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    write(tmp_path / "dead", weights, facts)
     (tmp_path / "out").mkdir()
     report = pss.repair_checkpoint(tmp_path / "dead" / "model.safetensors", tmp_path / "out" / "x.safetensors", DEEP)
     assert "wte.weight" in report.changed
     assert not pss.verify_checkpoint(tmp_path / "out" / "x.safetensors").problems
+
+
+@torch.no_grad()
+def grown_and_repaired(model, folder) -> pss.Report:
+    """Of a model of transformers, in its own files."""
+    for weight in model.parameters():
+        weight.mul_(30)
+    model.save_pretrained(folder / "dead")
+    return pss.repair_checkpoint(folder / "dead", folder / "repaired", DEEP)
 
 
 def test_a_bert_whose_width_is_its_number_of_places(tmp_path) -> None:
@@ -236,12 +270,7 @@ def test_a_bert_whose_width_is_its_number_of_places(tmp_path) -> None:
         hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY,
         max_position_embeddings=WIDTH,
     )  # fmt: skip
-    model = transformers.BertForMaskedLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(30)
-    model.save_pretrained(tmp_path / "dead")
-    report = pss.repair_checkpoint(tmp_path / "dead", tmp_path / "repaired", DEEP)
+    report = grown_and_repaired(transformers.BertForMaskedLM(config), tmp_path)
     places = {tensor.name: tensor for tensor in report.tensors}["bert.embeddings.position_embeddings.weight"]
     assert places.matrices[0].stable_rank[1] == pytest.approx(places.matrices[0].stable_rank[0], rel=1e-3)
     after = transformers.BertForMaskedLM.from_pretrained(tmp_path / "repaired")
@@ -257,11 +286,7 @@ def test_transformers_own_files(tmp_path, tie) -> None:
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(30)
-    model.save_pretrained(tmp_path / "dead")
-    pss.repair_checkpoint(tmp_path / "dead", tmp_path / "repaired", DEEP)
+    grown_and_repaired(model, tmp_path)
     after = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "repaired")
     assert is_a_head(after.lm_head.weight.detach(), 0.02)
     assert (after.lm_head.weight is after.transformer.wte.weight) == tie
