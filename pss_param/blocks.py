@@ -16,7 +16,9 @@ References:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import operator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +31,14 @@ class Factor(NamedTuple):
     """Of a block ``T = Q R`` with orthonormal ``Q = T R^-1``.
 
     Attributes:
-        R: float64 ``(..., b, b)``, upper triangular.
         back: ``R^-T``, float64 ``(..., b, b)``.
         fall: least diagonal element of the factor of unit columns in the batch; not above zero where there is none.
+        spoilt: bound on what the rounding of the columns may have become in ``Q``; infinite without a factor.
     """
 
-    R: Tensor
     back: Tensor
     fall: float
+    spoilt: float
 
     def columns(self, block: Tensor) -> Tensor:
         """``Q``, its columns contiguous.
@@ -63,45 +65,61 @@ def gram(block: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
-def factor(squares: Tensor, noise: float = 0.0) -> Factor:
+def factor(squares: Tensor, noise: Any = None) -> Factor:
     """The triangular factor of a block from its Gram matrix: one host synchronisation.
 
     Args:
         squares: ``T^T T``, float64 ``(..., b, b)``.
-        noise: norm up to which a column may be nothing but rounding; then there is no factor.
+        noise: squares of the rounding of each column, an array or a tensor ``(B, b)``.
 
     Returns:
         The factor; useless where ``fall`` is not above zero.
     """
     L, info = torch.linalg.cholesky_ex(squares)
-    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
-    back = torch.linalg.solve_triangular(L, identity, upper=False)
-    diagonals = torch.stack([L, squares]).diagonal(dim1=-2, dim2=-1).reshape(2, -1)
-    if L.dim() > 2:  # of many matrices only what counts leaves the device
-        least = (diagonals[0] / diagonals[1].sqrt()).min()
-        fall, shortest, failed = torch.stack([least, diagonals[1].min(), info.sum().double()]).tolist()
-        return Factor(L.mT, back, fall if not failed and shortest > noise * noise else 0.0)
-    heights, lengths = diagonals.tolist()
-    if bool(info.any()) or not min(lengths) > noise * noise:
-        return Factor(L.mT, back, 0.0)
-    return Factor(L.mT, back, min(h / math.sqrt(square) for h, square in zip(heights, lengths, strict=True)))
+    back: Tensor = torch.linalg.solve_triangular(L, _identity(L.shape[-1], L.device), upper=False)
+    heights, lengths = L.diagonal(dim1=-2, dim2=-1), squares.diagonal(dim1=-2, dim2=-1)
+    if L.dim() == 2 and not L.is_cuda:
+        if int(info):
+            return Factor(back, 0.0, math.inf)
+        known = lengths.tolist()
+        fall = min(map(operator.truediv, heights.tolist(), map(math.sqrt, known)))
+        share = 0.0 if noise is None else max(map(operator.truediv, noise[0].tolist(), known))
+        return Factor(back, fall, _spoilt(share, fall))
+    falls = torch.where(info == 0, (heights / lengths.sqrt()).amin(-1), 0.0)
+    shares = torch.zeros_like(lengths) if noise is None else torch.as_tensor(noise, device=L.device) / lengths
+    fall, share = torch.stack(
+        [falls.min(), shares.max()]
+    ).tolist()  # of many matrices only what counts leaves the device
+    return Factor(back, fall if fall > 0 else 0.0, _spoilt(share, fall))
 
 
-def orthonormal(block: Tensor) -> Tensor:
+def _spoilt(share: float, fall: float) -> float:
+    return math.sqrt(share) / fall if fall > 0 and share >= 0 else math.inf
+
+
+@lru_cache(maxsize=8)
+def _identity(columns: int, device: torch.device) -> Tensor:
+    return torch.eye(columns, dtype=torch.float64, device=device)
+
+
+def orthonormal(block: Tensor, squares: Tensor | None = None) -> Tensor:
     """Orthonormal columns with the span of a thin block: Note [Blocks].
 
     Args:
         block: ``(..., m, b)``.
+        squares: ``gram(block)``, where it is known already.
 
     Returns:
         ``(..., m, b)``, columns contiguous; columns that are not independent are completed.
     """
     for _ in range(2):
-        found = factor(gram(block))
+        wide = block.double()
+        found = factor(wide.mT @ wide if squares is None else squares)
         if not found.fall > _SAFE_FALL:
             reflected: Tensor = torch.linalg.qr(block).Q
             return reflected.mT.contiguous().mT
-        block = found.columns(block)
-        if found.fall > INDEPENDENT:
+        block = found.columns(wide).to(block.dtype)
+        if found.fall > INDEPENDENT or block.dtype != torch.float64:
             break
+        squares = None
     return block

@@ -39,6 +39,7 @@ until the interval that the residuals leave for SR is either inside one integer 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -220,10 +221,8 @@ def value_error(seen: Spectrum, index: int) -> float:
 
 def _correction_error(seen: Spectrum, level: float, k: int) -> float:
     """The bound of Note [What the certificate says] without the edge's own error."""
-    highest = (
-        seen.ceilings if seen.ceilings is not None else [s + r for s, r in zip(seen.S, seen.residual, strict=True)]
-    )
-    hidden = sum(max(0.0, most - level) ** 2 for most in highest[k:])
+    highest = seen.ceilings[k:] if seen.ceilings is not None else map(operator.add, seen.S[k:], seen.residual[k:])
+    hidden = sum((most - level) ** 2 for most in highest if most > level)
     return leak(seen, level, k) + math.sqrt(hidden) + seen.rounding
 
 

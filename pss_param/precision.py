@@ -9,7 +9,8 @@ measured so is rounding, and a certificate that rests on it says nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ import torch
 __all__ = ["full_precision"]
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     r"""Multiply in full precision inside of the block, and as before behind it.
 
     The setting is the process's, as in torch itself: other threads multiply in full precision meanwhile. Not for
@@ -27,16 +27,28 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Args:
         device: where the products are.
 
-    Yields:
-        Nothing.
+    Returns:
+        The block's context; one that does nothing where there is nothing to set.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.float32
     """
-    with torch.autocast(device.type, enabled=False), _ieee(device.type):
+    if torch.is_autocast_enabled(device.type) or not _is_ieee(device.type):
+        return _set(device.type)
+    return nullcontext()
+
+
+@contextmanager
+def _set(kind: str) -> Iterator[None]:
+    with torch.autocast(kind, enabled=False), _ieee(kind):
         yield
+
+
+def _is_ieee(kind: str) -> bool:
+    products = _products(kind)
+    return products is not None and products.fp32_precision in {"ieee", "none"}
 
 
 @contextmanager
@@ -59,6 +71,7 @@ def _ieee(kind: str) -> Iterator[None]:
         products.fp32_precision = own
 
 
+@cache
 def _products(kind: str) -> Any:
     backend: Any = torch.backends.cuda.matmul if kind == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
     return backend if hasattr(backend, "fp32_precision") else None

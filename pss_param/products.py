@@ -44,34 +44,36 @@ def on_gpu(W: Tensor) -> bool:
     return W.is_cuda
 
 
-def times(W: Tensor | Matrix, X: Tensor) -> Tensor:
-    """``W @ X``.
+def times(W: Tensor | Matrix, X: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+    """``factor * W @ X``.
 
     Args:
         W: ``(..., m, n)``.
         X: ``(..., n, b)``, its columns contiguous.
+        factor: a number, or ``(..., 1, 1)``.
 
     Returns:
         ``(..., m, b)``.
     """
-    if not isinstance(W, Tensor) or _by_rows(W):
-        return W @ X
-    return _down_the_columns(W.mT, X)
+    if not isinstance(W, Tensor):
+        return (W @ X).mul_(factor)
+    return _product(W, X, factor) if _by_rows(W) else _down_the_columns(W.mT, X, factor)
 
 
-def times_t(W: Tensor | Matrix, Y: Tensor) -> Tensor:
-    """``W^T @ Y``.
+def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+    """``factor * W^T @ Y``.
 
     Args:
         W: ``(..., m, n)``.
         Y: ``(..., m, b)``, its columns contiguous.
+        factor: a number, or ``(..., 1, 1)``.
 
     Returns:
         ``(..., n, b)``.
     """
     if not isinstance(W, Tensor):
-        return (Y.mT @ W).mT
-    return _down_the_columns(W, Y) if _by_rows(W) else W.mT @ Y
+        return (Y.mT @ W).mul_(factor).mT
+    return _down_the_columns(W, Y, factor) if _by_rows(W) else _product(W.mT, Y, factor)
 
 
 def prefers_rows(W: Tensor | Matrix) -> bool:
@@ -90,9 +92,15 @@ def _by_rows(W: Tensor) -> bool:
     return W.stride(-1) <= W.stride(-2)
 
 
-def _down_the_columns(W: Tensor, Y: Tensor) -> Tensor:
+def _product(A: Tensor, B: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor) or A.dim() > 2:
+        return (A @ B).mul_(factor)
+    return torch.addmm(A.new_empty(1), A, B, beta=0, alpha=factor)  # the BLAS multiplies on the way
+
+
+def _down_the_columns(W: Tensor, Y: Tensor, factor: float | Tensor) -> Tensor:
     """``W^T Y`` of a matrix stored by rows: the sum runs over the rows."""
     large = W.numel() >= _BEYOND_CACHE and torch.get_num_threads() > 1
     if Y.shape[-1] >= FULL_WIDTH and (large or W.shape[-2] > W.shape[-1]):
-        return W.mT @ Y
-    return (Y.mT @ W).mT
+        return _product(W.mT, Y, factor)
+    return _product(Y.mT, W, factor).mT

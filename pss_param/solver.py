@@ -51,16 +51,20 @@ from torch import Tensor
 
 from pss_param.blocks import gram, orthonormal
 from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
+from pss_param.core import Ritz
 from pss_param.eigen import largest
 from pss_param.filtered import width_for
 from pss_param.found import Found
-from pss_param.krylov import Krylov, Matrix, Ritz
-from pss_param.products import FULL_WIDTH, on_gpu, times, times_t
+from pss_param.krylov import Krylov, Matrix
+from pss_param.products import FULL_WIDTH, on_gpu
 from pss_param.whole import WHOLE_BELOW_ON_GPU, dense_all
 
 _HALF_A_TILE = 8
 """Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
-loose."""
+loose or the matrix small."""
+
+_SMALL = 1 << 18
+"""Elements of a matrix up to which a pass with twice the columns, and what follows it, takes twice the time."""
 
 _LOOSE = 5e-3
 
@@ -83,17 +87,23 @@ _WIDE_START = 16
 
 # Note [Passes without a look]
 # A look at a core of 48 columns costs as much as two passes over 512 x 512 and half of one over 2048 x 2048, so it
-# waits until it may succeed. The bound falls faster than the gap behind the wanted values tells, as every block leaves
-# more directions behind: from the first look on it took 0.66 to 0.97 of the passes that the gap asked for (S ~ j^-0.4
-# to 1/j, 512 x 512 to 2048 x 2048, tolerances 1e-2 to 1e-4). Later on the last fall of the bound itself tells more.
+# waits until it may succeed. After the first look the bound falls at half of the rate per pass that the gap behind the
+# wanted values tells for two, and soon at twice that, as every block leaves more directions behind: where the gap asked
+# for x pairs of passes it took 2 x single ones up to 4 of them, then x + 2 (S ~ j^-0.5 to 1/j, from 512 x 512 to
+# 2048 x 2048, tolerances 1e-2 to 1e-4). Later on the last fall of the bound itself tells more. The first look comes
+# after four passes, which reach 1e-3 in a collapsed matrix, and after five where the tolerance is tight.
 # Behind a level there may be a bulk that reaches up to it, and no gap. What the bulk may hide is told far better while
 # both sides hold equally many blocks, so looks at it start with the first block and are a multiple of two passes apart.
-_FIRST_LEAP, _LEAP = 0.75, 0.5
+_SLOW, _LOST = 0.75, 1.7
+_SPARE, _SPARE_OF_SMALL = 0.3, 0.8  # added before rounding down: below the size of 1024 a failed look costs the most
+_LOOKS_COST_LESS = 1024
+_LEAP = 0.5
+_TIGHT = 3e-4
 _LONGEST_FIRST, _LONGEST_LEAP = 8, 4
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_WORKSPACE = 1 << 32  # bytes that the bases of a batch may take; the matrices themselves are not copied
-_WORKSPACE = 3 * 128 * 4  # of a row or column: two bases of 128 columns, and as much again on the way
+_WORKSPACE = 4 * 128 * 4  # of a row or column: 128 columns in float64, and as much again on the way
 _ALIGNED = 64  # bytes
 _ROW_BLOCK = 1 << 22  # elements of W that a measurement by rows holds twice
 
@@ -103,7 +113,7 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
 
     Args:
         W: finite matrices ``(B, m, n)`` in the dtype to compute in.
-        norms: their Frobenius norms ``(B,)``.
+        norms: their Frobenius norms ``(B,)``, 1 for matrices of zeros.
         requests: what is wanted of each.
         seed: of the sketch; every chunk draws the same, so no result depends on what a matrix was batched with.
         init: right directions known from before, ``(B, n, b)``.
@@ -115,12 +125,13 @@ def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Te
         W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     m, n = W.shape[1:]
     size = max(1, _CUDA_WORKSPACE // (_WORKSPACE * (m + n)) if on_gpu(W) else _CPU_CHUNK // (m * n))
-    scale = norms.masked_fill(norms == 0, 1.0)
+    if size >= W.shape[0]:
+        return _solve_chunk(W, norms, requests, seed, init)
     found = []
     for start_row in range(0, W.shape[0], size):
         rows = slice(start_row, start_row + size)
         part = None if init is None else init[rows]
-        found += _solve_chunk(W[rows], scale[rows], requests[rows], seed, part)
+        found += _solve_chunk(W[rows], norms[rows], requests[rows], seed, part)
     return found
 
 
@@ -129,7 +140,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 
     Args:
         W: the matrix; all ranks that hold a piece must call.
-        norms: its Frobenius norm ``(1,)``.
+        norms: its Frobenius norm ``(1,)``, 1 for a matrix of zeros.
         request: what is wanted.
         seed: of the sketch, the same on all ranks.
         init: right directions known from before, ``(1, n, b)``.
@@ -137,10 +148,10 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     Returns:
         The same bits on every rank, if ``W`` gives the same products on every rank.
     """
-    scale = norms.masked_fill(norms == 0, 1.0)
-    krylov = Krylov(W, scale, seed)
-    krylov.start(_first_block(krylov, [request], init))
-    ritz, verdicts = _iterate(krylov, [request], widest=None, warm=init is not None)
+    krylov = Krylov(W, norms, seed)
+    left = _starts_left([request], init)
+    _start(krylov, left, *_first_block(krylov, [request], init))
+    ritz, verdicts = _iterate(krylov, [request], None, cold=not left)
     verdict = verdicts[0]
     return _leading(krylov, ritz, 0, verdict if verdict is not None else _verdict(krylov, ritz, request))
 
@@ -157,16 +168,18 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
         krylov = Krylov(W[0], scale[0], seed)
     else:
         krylov = Krylov(W, scale, seed)
-    block = _first_block(krylov, requests, init)
-    if block.shape[-1] * _WIDE_START >= least and init is None and _filterable(requests):
+    from_left = _starts_left(requests, init)
+    block, squares = _first_block(krylov, requests, init)
+    if block.shape[-1] * _WIDE_START >= least and not from_left:
         return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
     if on_gpu(W) and len(requests) > 1 and init is None:
-        block = _narrowed(krylov, block, requests)
-    krylov.start(block)
+        columns = _narrowed(krylov, block, requests, from_left)
+        block, squares = block[..., :columns], None
+    _start(krylov, from_left, block, squares)
     widest = least // _WIDEST
     if on_gpu(W):  # what needs more columns than there is memory for goes on by itself
-        widest = min(widest, _CUDA_WORKSPACE // (8 * len(requests) * sum(W.shape[1:])))
-    ritz, verdicts = _iterate(krylov, requests, widest, warm=init is not None)
+        widest = min(widest, _CUDA_WORKSPACE // (16 * len(requests) * sum(W.shape[1:])))
+    ritz, verdicts = _iterate(krylov, requests, widest, cold=not from_left)
     found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
     left = [i for i, one in found.items() if one is None]
     starts = {i: _directions(krylov, ritz, i, requests[i]) for i in left}
@@ -176,39 +189,60 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
 
 def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
     """As many Ritz vectors of the smaller side as the start had columns, or more if the filter wants them."""
-    k = _count(float(ritz.S.reshape(-1, krylov.rank)[index, 0]), request)
+    k = _count(ritz.S[index][0], request)
     U, _, Vh = krylov.triplets(ritz, index, min(max(krylov.random_columns, width_for(k)), krylov.rank))
     return U if U.shape[0] < Vh.shape[1] else Vh.mT
 
 
-def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> Tensor:
-    """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already."""
+def _starts_left(requests: list[Request], init: Tensor | None) -> bool:
+    """Whether to start from left directions, which say more of what is unseen: of known ones, and behind a level."""
+    return init is not None or not _filterable(requests)
+
+
+def _start(krylov: Krylov, left: bool, block: Tensor, squares: Tensor | None) -> None:
+    (krylov.start_left if left else krylov.start)(block, squares)
+
+
+def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already.
+
+    Args:
+        krylov: the iteration that is to start.
+        requests: what is wanted of each matrix.
+        init: right directions known from before.
+
+    Returns:
+        The block, and its Gram matrix where it was needed.
+    """
     least = min(krylov.W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if init is not None:
         known = init.shape[-1]
-        return krylov.sketch(min(_tiles(known + OVERSAMPLING), least) - known, init)
-    block = krylov.sketch(min(least, max(FULL_WIDTH, _tiles(wanted))))
+        return krylov.left_sketch(min(_tiles(known + OVERSAMPLING), least) - known, init), None
+    sketch = krylov.left_sketch if _starts_left(requests, init) else krylov.right_sketch
     if all(request.rank is not None for request in requests):
         norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
-        return block[..., : _HALF_A_TILE if norm_alone else _tiles(wanted)]
+        return sketch(min(least, _HALF_A_TILE if norm_alone else _tiles(wanted))), None
+    small = math.prod(krylov.W.shape) <= _SMALL
+    block = sketch(min(least, _HALF_A_TILE if small else FULL_WIDTH))
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
-        held = block.shape[-1]
-        wanted = _guess(block) + OVERSAMPLING
-        columns = min(_tiles(wanted), 2 * held, least // _BLOCKS_THAT_PAY)
+        held, squares = block.shape[-1], gram(block)
+        wanted = _guess(squares) + OVERSAMPLING
+        deep = small or not _filterable(requests) or all(request.tol >= _LOOSE for request in requests)
+        best = _HALF_A_TILE if deep and wanted <= _HALF_A_TILE else _tiles(wanted)
+        columns = min(best, 2 * held, least // _BLOCKS_THAT_PAY)
         if columns <= held:
-            deep = not _filterable(requests) or all(request.tol >= _LOOSE for request in requests)
-            few = deep and wanted <= _HALF_A_TILE
-            return block[..., :_HALF_A_TILE] if few else block
-        block = torch.cat([block, krylov.sketch(columns - held)], dim=-1)
+            held = min(held, best)
+            return block[..., :held], squares[..., :held, :held]
+        block = torch.cat([block, sketch(columns - held)], dim=-1)
 
 
-def _narrowed(krylov: Krylov, block: Tensor, requests: list[Request]) -> Tensor:
+def _narrowed(krylov: Krylov, block: Tensor, requests: list[Request], left: bool) -> int:
     """No more columns of a sketch than are needed, as two more passes tell: Note [Many matrices on a GPU]."""
-    back = times_t(krylov.W, orthonormal(block)) * krylov.inverse_scale
-    tops = largest(gram(times(krylov.W, orthonormal(back)) * krylov.inverse_scale)).sqrt().tolist()
+    first, second = (krylov.back, krylov.forth) if left else (krylov.forth, krylov.back)
+    tops = largest(gram(second(orthonormal(first(orthonormal(block)))))).sqrt().tolist()
     ranks = [_count(top, request) for top, request in zip(tops, requests, strict=True)]
-    return block[..., : min(block.shape[-1], _tiles(max(ranks) + OVERSAMPLING))]
+    return min(block.shape[-1], _tiles(max(ranks) + OVERSAMPLING))
 
 
 def _tiles(columns: int) -> int:
@@ -216,22 +250,23 @@ def _tiles(columns: int) -> int:
     return math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
 
 
-def _guess(sketch: Tensor) -> int:
-    """A stable rank from a sketch ``Z = W Omega (..., m, b)``: the largest of the batch."""
+def _guess(squares: Tensor) -> int:
+    """A stable rank from the Gram matrix ``(..., b, b)`` of a sketch ``Z = W Omega``: the largest of the batch."""
     # The Gram matrix of Z has the identity as its mean, and a dominant direction adds about b / SR to its largest
     # eigenvalue. The guess is right within a factor of two or three up to a stable rank of 2 b, and low beyond.
-    squares = (sketch.mT @ sketch).double()
     top = largest(squares).min()
-    return math.floor(sketch.shape[-1] / max(float(top) - 1.0, 0.05))
+    return math.floor(squares.shape[-1] / max(float(top) - 1.0, 0.05))
 
 
 def _iterate(
-    krylov: Krylov, requests: list[Request], widest: int | None, warm: bool
+    krylov: Krylov, requests: list[Request], widest: int | None, cold: bool
 ) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
     by_count = _filterable(requests)
-    if by_count and not (warm or krylov.complete):
-        krylov.expand(0)  # before, nothing but a matrix of low rank shows that it has converged
+    if cold:  # one block shows nothing but a matrix of low rank
+        for _ in range(2 if max(request.tol for request in requests) > _TIGHT else 3):
+            if not krylov.complete:
+                krylov.advance()
     before, passes = math.inf, 0
     while True:
         ritz = krylov.ritz()
@@ -243,19 +278,22 @@ def _iterate(
         fresh = max(0, missing - krylov.young_columns)
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
-        if by_count and passes == 0 and not warm:
+        if by_count and passes == 0 and cold:
             leap = _first_leap(krylov, ritz, verdicts, worst)
         else:
             leap = _next_leap(worst, before, passes)
-        before, passes = worst, leap if by_count else max(2, leap // 2 * 2)
+        before, passes = worst, leap if by_count and missing <= 0 else max(2, leap // 2 * 2)
         for i in range(passes):
-            wider = krylov.other.shape[-1] + krylov.next_columns + fresh
+            if not krylov.reached:
+                krylov.advance()
+                continue
+            wider = krylov.rank + krylov.next_columns + fresh
             if krylov.complete or (i and widest is not None and wider > widest):
                 break
             if widest is not None and wider > max(widest, krylov.rank):
                 mature = krylov.random_columns - OVERSAMPLING
                 return ritz, [verdict if verdict.enough and verdict.k <= mature else None for verdict in verdicts]
-            krylov.expand(fresh)
+            krylov.advance(fresh)
             fresh = 0
 
 
@@ -270,8 +308,7 @@ def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) 
         return True
     if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
         return False
-    tops = ritz.S[..., 0].reshape(-1).tolist()
-    ranks = [_count(top, request) for top, request in zip(tops, requests, strict=True)]
+    ranks = [_count(S[0], request) for S, request in zip(ritz.S, requests, strict=True)]
     return 2 * _GROWTH / _growth(krylov, ritz, ranks) * columns * _PASS_OVER_GRAM > least
 
 
@@ -282,7 +319,7 @@ def _count(top: float, request: Request) -> int:
 def _growth(krylov: Krylov, ritz: Ritz, ranks: list[int]) -> float:
     """By how much two passes raise what is wanted over what is not: Note [Crowded edges]; the least of the batch."""
     least, last = math.inf, min(krylov.random_columns, krylov.rank) - 1
-    for S, k in zip(ritz.S.reshape(-1, krylov.rank).tolist(), ranks, strict=True):
+    for S, k in zip(ritz.S, ranks, strict=True):
         ratio = (S[min(k, last)] / max(S[last], 1e-30)) ** 2
         least = min(least, math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
     return least
@@ -292,8 +329,9 @@ def _first_leap(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], worst: floa
     """How many passes to make after the first look: Note [Passes without a look]."""
     if not 1 < worst < math.inf:
         return 1
-    growth = _growth(krylov, ritz, [verdict.k for verdict in verdicts])
-    return max(1, min(_LONGEST_FIRST, math.floor(_FIRST_LEAP * 2 * math.log(worst) / growth)))
+    asked = math.log(worst) / _growth(krylov, ritz, [verdict.k for verdict in verdicts])
+    spare = _SPARE_OF_SMALL if min(krylov.W.shape[-2:]) < _LOOKS_COST_LESS else _SPARE
+    return max(1, min(_LONGEST_FIRST, math.floor(asked + min(_SLOW * asked, _LOST) + spare)))
 
 
 def _next_leap(worst: float, before: float, passes: int) -> int:
@@ -304,11 +342,9 @@ def _next_leap(worst: float, before: float, passes: int) -> int:
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:
-    f = ritz.S.shape[-1]
-    values, residuals = torch.stack([ritz.S.reshape(-1, f), ritz.residual.reshape(-1, f)]).tolist()  # one sync a step
     spectra, verdicts = [], []
     for i, request in enumerate(requests):
-        seen = _spectrum(krylov, values[i], residuals[i])
+        seen = _spectrum(krylov, ritz, i)
         verdict = judge(seen, request)
         if verdict.faint and isinstance(krylov.W, Tensor):
             seen = replace(seen, tail=_tail(_matrix(krylov.W, i), krylov, ritz, i, max(0, len(seen.S) - OVERSAMPLING)))
@@ -328,7 +364,7 @@ def _closer(
         near = not verdict.enough and verdict.k < len(seen.S) and level > 0
         if near and leak(seen, level, verdict.k) <= request.tol:
             levels[i] = level
-    for i, ceilings in krylov.ceilings(ritz, levels).items():
+    for i, ceilings in krylov.core.ceilings(ritz, levels).items():
         second = judge(replace(spectra[i], ceilings=ceilings), requests[i])
         # The ceilings hold down to the first verdict's edge; while much is unseen, the plain residuals may say more.
         if second.k <= verdicts[i].k and second.error < verdicts[i].error:
@@ -337,12 +373,12 @@ def _closer(
 
 
 def _verdict(krylov: Krylov, ritz: Ritz, request: Request) -> Verdict:
-    return judge(_spectrum(krylov, ritz.S.reshape(-1).tolist(), ritz.residual.reshape(-1).tolist()), request)
+    return judge(_spectrum(krylov, ritz, 0), request)
 
 
-def _spectrum(krylov: Krylov, values: list[float], residuals: list[float]) -> Spectrum:
+def _spectrum(krylov: Krylov, ritz: Ritz, index: int) -> Spectrum:
     m, n = krylov.W.shape[-2:]
-    return Spectrum(values, residuals, (m, n), krylov.complete, torch.finfo(krylov.W.dtype).eps)
+    return Spectrum(ritz.S[index], ritz.residual[index], (m, n), krylov.complete, torch.finfo(krylov.W.dtype).eps)
 
 
 def _matrix(W: Tensor, index: int) -> Tensor:
@@ -352,7 +388,9 @@ def _matrix(W: Tensor, index: int) -> Tensor:
 def _tail(W: Tensor, krylov: Krylov, ritz: Ritz, index: int, count: int) -> tuple[int, float]:
     """Squared norm of one matrix without its leading triplets, measured block of rows by block of rows."""
     U, S, Vh = krylov.triplets(ritz, index, count)
-    inverse, energy = _matrix(krylov.inverse_scale, index), 0.0
+    inverse, energy = krylov.inverse_scale, 0.0
+    if isinstance(inverse, Tensor):
+        inverse = inverse[index]
     rows = max(1, _ROW_BLOCK // W.shape[1])
     for start in range(0, W.shape[0], rows):
         rest = W[start : start + rows] * inverse - (U[start : start + rows] * S) @ Vh
@@ -377,6 +415,6 @@ def _all_leading(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict | None]) -> 
 
 
 def _found(triplets: tuple[Tensor, Tensor, Tensor], ritz: Ritz, index: int, verdict: Verdict) -> Found:
-    f = ritz.S.shape[-1]
-    residual = ritz.residual.reshape(-1, f)[index, : verdict.k].to(triplets[1].dtype)
-    return Found(*triplets, residual, float(ritz.S.reshape(-1, f)[index, 0]), verdict)
+    S = triplets[1]
+    residual = torch.tensor(ritz.residual[index][: verdict.k], dtype=S.dtype, device=S.device)
+    return Found(*triplets, residual, ritz.S[index][0], verdict)

@@ -175,13 +175,15 @@ def dominant_directions(
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
     norms = frobenius_norm(flat)
-    if any(norm > torch.finfo(flat.dtype).max for norm in norms.tolist()):
+    sizes = norms.tolist()
+    if max(sizes, default=0.0) > torch.finfo(flat.dtype).max:
         flat = _widened(flat, norms)
     requests = _requests(rank, above, tol, batch, norms)
     start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
     with full_precision(W.device):
-        found = solve(flat, norms, requests, _seed(generator), start)
-        return _gathered(found, norms, requests, batch, flat)
+        scale = norms if all(sizes) else norms.masked_fill(norms == 0, 1.0)
+        found = solve(flat, scale, requests, _seed(generator), start)
+        return _gathered(found, sizes, requests, batch, flat)
 
 
 def _of_sharded(
@@ -197,15 +199,15 @@ def _of_sharded(
     requests = _requests(rank, above, tol, torch.Size(), norms)
     init = None if init is None else init.to(W.device, W.dtype)[None]
     with full_precision(W.device):
-        found = solve_sharded(W, norms, requests[0], _seed(generator), init)
-        return _gathered([found], norms, requests, torch.Size(), found.U)
+        scale = norms.masked_fill(norms == 0, 1.0)
+        found = solve_sharded(W, scale, requests[0], _seed(generator), init)
+        return _gathered([found], norms.tolist(), requests, torch.Size(), found.U)
 
 
 def _gathered(
-    found: list[Found], norms: Tensor, requests: list[Request], batch: torch.Size, like: Tensor
+    found: list[Found], sizes: list[float], requests: list[Request], batch: torch.Size, like: Tensor
 ) -> DominantDirections:
     """Results of single matrices as one batch in the units of ``W``, padded with zeros to the largest ``k``."""
-    sizes = norms.tolist()
     lines = [
         (
             one.verdict.edge * size, stable_rank_of(one.top), one.top * size, one.verdict.bulk_edge * size,
@@ -213,7 +215,7 @@ def _gathered(
         )
         for one, size in zip(found, sizes, strict=True)
     ]  # fmt: skip
-    table = torch.tensor(lines, dtype=like.dtype, device=like.device).reshape(*batch, 7)
+    table = torch.tensor(lines if batch else lines[0], dtype=like.dtype, device=like.device).reshape(*batch, 7)
     edge, stable, top, bulk_edge, error, unit, inverse_top = table.unbind(-1)
     met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
     return DominantDirections(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import corpus, exact_bulk_level, exact_clip, gaussian, power, with_spectrum
 
+from pss_param import solver
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.estimate import stable_rank_estimate, stable_rank_estimates
 from pss_param.spectrum import (
@@ -144,6 +145,8 @@ def test_same_input_gives_same_bits_whatever_the_global_seed(global_random_state
 @pytest.mark.parametrize("shape", [(256, 64), (230, 256), (600, 400)], ids=str)
 def test_where_a_matrix_lies_in_memory_changes_no_bit(shape):
     W = with_spectrum(*shape, power(min(shape), 0.7)).float()
+    if solver.on_gpu(W):
+        pytest.skip("what starts anywhere is copied for a CPU's BLAS")
     found = []
     for offset in (0, 1, 3, 16):
         place = torch.empty(W.numel() + 16)[offset : offset + W.numel()].view(shape)

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The small matrices of a block iteration: Ritz values and vectors, residuals, and bounds of what is unseen.
+
+Everything here follows from ``G = [X P]^T [X P]`` and ``R^T R`` in float64, a few dozen to a few hundred columns, of
+matrices ``W (m, n)`` with ``||W||_F = 1``; what the letters stand for is said in :mod:`pss_param.krylov`.
+
+# Note [Two sides from one basis]
+``V`` is orthonormal and ``P = W V``, so ``P^T P`` is all that the right subspace knows of ``W^T W``. Behind a pass
+back, the left one is known as well: with ``G = L L^T`` the columns of ``U = [X P] L^-T`` are orthonormal, and as
+``W^T`` of everything but the last block lies in the span of ``V``,
+
+    W^T U = V L' + [0 R L''^-T],    (W^T U)^T (W^T U) = L'^T L' + [0 0; 0 L''^-1 R^T R L''^-T],
+
+where ``L'`` are the rows of ``L`` that belong to ``P`` and ``L''`` is its last block on the diagonal. So neither ``U``
+nor anything else of the left side has to be formed before its triplets are wanted. Where the last block is as good as
+dependent on the others, ``L''`` says nothing; then the right side has to do, with residuals that ``R`` tells exactly.
+
+# Note [Where small matrices are]
+An operation on a matrix of 32 columns takes less time than calling for it: numpy is called three to ten times as fast
+as torch. So on a CPU, and for a single matrix of a GPU, where a library takes milliseconds for one small eigenproblem,
+these are numpy's arrays. Those of a batch on a GPU stay there and share every kernel. The lines below are the same for
+both; :class:`Arithmetic` holds what is called differently. What is LAPACK's is torch's in both: numpy's own threads
+would wait for torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pss_param import eigen
+
+__all__ = ["DEVICE", "HOST", "Arithmetic", "Coordinates", "Core", "Ritz"]
+
+Array = Any
+"""A numpy array or a tensor."""
+
+_NEWEST_BLOCKS = 2
+_INDEPENDENT = 1e-3  # what of a column lies outside of all before it, over its length
+_TINY = 1e-300  # stands for a square of zero
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What numpy and torch call differently.
+
+    Attributes:
+        at_hand: whether a look at a number waits for nothing.
+        taken: what was made on the device, ``(..., h, b)``, as arrays ``(B, h, b)``.
+        given: an array as a tensor, on the host for numpy's.
+        numbers: three arrays ``(B, f), (B, f), (B,)`` as lists.
+        empty: an array of that shape beside another one.
+        array: numbers in the type of an array.
+        at_least: the larger of an array and a number.
+        at_most: the smaller of two arrays.
+        eigh: ascending eigenvalues, and the vectors as columns.
+        eigvalsh: ascending eigenvalues.
+        largest: the largest eigenvalue, or a bound hardly above it.
+    """
+
+    at_hand: bool
+    taken: Callable[[Tensor], Array]
+    given: Callable[[Array], Tensor]
+    numbers: Callable[[Array, Array, Array], list[Any]]
+    empty: Callable[[tuple[int, ...], Array], Array]
+    array: Callable[[list[Any], Array], Array]
+    at_least: Callable[[Array, float], Array]
+    at_most: Callable[[Array, Array], Array]
+    eigh: Callable[[Array], tuple[Array, Array]]
+    eigvalsh: Callable[[Array], Array]
+    largest: Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """What is known of each matrix: triplets in descending order of ``S``, scaled to ``||W||_F = 1``.
+
+    Attributes:
+        S: values.
+        residual: bounds on what ``W`` or ``W^T`` misses of each triplet.
+        rest: bound on ``||E||^2`` of the side that the triplets are of.
+        squares: of ``W`` or ``W^T`` on that side's basis, ``(B, f, f)``.
+        Y: coordinates in that basis, in ascending order of ``S``.
+        coupling: of its last block with what is unseen, squared, or a bound on it, ``(B, b, b)``.
+        L: of Note [Two sides from one basis] where it is the left side.
+    """
+
+    S: list[list[float]]
+    residual: list[list[float]]
+    rest: list[float]
+    squares: Array
+    Y: Array
+    coupling: Array
+    L: Tensor | None
+
+
+class Coordinates(NamedTuple):
+    """What the leading triplets are made of: float64 rows, in descending order of ``S``.
+
+    Attributes:
+        in_P: of ``u``, ``(B, count, f)`` in ``P``, or ``(B, count, h)`` in ``[X P]``.
+        in_V: of ``v``, ``(B, count, f)``.
+        in_R: of ``v``, ``(B, count, b)``; ``None`` where it has nothing of ``R``.
+    """
+
+    in_P: Tensor
+    in_V: Tensor
+    in_R: Tensor | None
+
+    def of(self, index: int) -> Coordinates:
+        """Those of one matrix.
+
+        Args:
+            index: which of the batch.
+
+        Returns:
+            The same without the first dimension.
+        """
+        return Coordinates(self.in_P[index], self.in_V[index], None if self.in_R is None else self.in_R[index])
+
+
+class Core:
+    """``G`` of a batch, which grows block by block, and what follows from it.
+
+    Args:
+        shape: ``(m, n)``.
+        arithmetic: numpy's or torch's.
+
+    Attributes:
+        widths: columns of the blocks of ``P``.
+    """
+
+    def __init__(self, shape: tuple[int, int], arithmetic: Arithmetic) -> None:
+        self.widths: list[int] = []
+        self._m, self._n = shape
+        self._have = arithmetic
+        self._anchored = self._held = 0
+        self._buffer: Array = None
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``P``."""
+        return self._held - self._anchored
+
+    def anchor(self, products: Tensor) -> None:
+        """Begin with columns that are no part of ``P``.
+
+        Args:
+            products: ``X^T X (..., a, a)``.
+        """
+        self._add(products)
+        self._anchored = self._held
+
+    def append(self, products: Tensor) -> None:
+        """Add a block of ``P``.
+
+        Args:
+            products: ``[X P]^T P_new (..., h + b, b)``.
+        """
+        self._add(products)
+        self.widths.append(products.shape[-1])
+
+    def ritz(self, returned: Tensor | None) -> Ritz:
+        """Singular triplets on the right basis, or on the left one behind a pass back.
+
+        Args:
+            returned: ``R^T R (..., b, b)``.
+
+        Returns:
+            The triplets with bounds on their residuals: one synchronisation with a device, two behind a pass back.
+        """
+        G = self._have.given(self._buffer[:, : self._held, : self._held])
+        L, info = torch.linalg.cholesky_ex(G)
+        if returned is None:
+            return self._right(self._outside(G, L, info))
+        R2 = returned.reshape(-1, *returned.shape[-2:]).to(G.device)
+        return self._left(L, R2) if self._independent(G, L, info) else self._right(None, R2)
+
+    def ceilings(self, ritz: Ritz, references: Mapping[int, float]) -> dict[int, list[float]]:
+        r"""Upper bounds on the singular values of some matrices: Note [Ceilings] in :mod:`pss_param.certificate`.
+
+        Args:
+            ritz: the present Ritz triplets.
+            references: by place in the batch; the bounds hold for values at and above, in scaled units.
+
+        Returns:
+            A bound for each Ritz value, descending; not of matrices of which the rest reaches up to the reference.
+        """
+        weights = {i: 1 / (c * c - ritz.rest[i]) for i, c in references.items() if c * c > ritz.rest[i]}
+        if not weights:
+            return {}
+        chosen, last = list(weights), ritz.coupling.shape[-1]
+        raised = ritz.squares[chosen]
+        lift = self._have.array(list(weights.values()), raised)[:, None, None]
+        raised[:, -last:, -last:] += lift * ritz.coupling[chosen]
+        return dict(zip(chosen, _roots(self._have.eigvalsh(raised).tolist()), strict=True))
+
+    def coordinates(self, ritz: Ritz, count: int) -> Coordinates:
+        """What the leading triplets are made of.
+
+        Args:
+            ritz: the present Ritz triplets.
+            count: how many.
+
+        Returns:
+            On the device, or on the host where the small matrices are there.
+        """
+        have, f = self._have, ritz.Y.shape[-1]
+        Y = ritz.Y[:, :, [f - 1 - i for i in range(count)]]
+        over_S = Y / have.at_least(have.array([line[:count] for line in ritz.S], Y), _TINY)[:, None]
+        if ritz.L is None:
+            return Coordinates(have.given(over_S).mT, have.given(Y).mT, None)
+        parts = torch.cat([have.given(Y), have.given(over_S)], dim=-1)
+        solved = torch.linalg.solve_triangular(ritz.L.mT, parts, upper=True)
+        right = ritz.L[:, self._anchored :] @ parts[..., count:]
+        return Coordinates(solved[..., :count].mT, right.mT, solved[:, -self.widths[-1] :, count:].mT)
+
+    def last_squares(self) -> Array:
+        """Squared lengths of the columns of the last block of ``P``.
+
+        Returns:
+            ``(B, b)``.
+        """
+        return self._buffer.diagonal(0, -2, -1)[:, self._held - self.widths[-1] : self._held]
+
+    def _add(self, products: Tensor) -> None:
+        block = self._have.taken(products)
+        at, end = self._held, block.shape[1]
+        if self._buffer is None or self._buffer.shape[1] < end:
+            longer = self._have.empty((len(block), 2 * end, 2 * end), block)
+            if at:
+                longer[:, :at, :at] = self._buffer[:, :at, :at]
+            self._buffer = longer
+        self._buffer[:, :end, at:end] = block
+        self._buffer[:, at:end, :at] = block[:, :at].swapaxes(-1, -2)
+        self._held = end
+
+    def _outside(self, G: Tensor, L: Tensor, info: Tensor) -> Array:
+        """``T^T T``: Note [A residual without its pass] in :mod:`pss_param.krylov`."""
+        last = self.widths[-1]
+        if self._have.at_hand and not any(info.tolist()):
+            corner = self._have.taken(L)[:, -last:, -last:]
+            return corner @ corner.swapaxes(-1, -2)
+        # Without a factor the last block is as good as dependent on the others; a part is no longer than the whole.
+        corner, whole = L[:, -last:, -last:], G[:, -last:, -last:]
+        return self._have.taken(torch.where(info[:, None, None] == 0, corner @ corner.mT, whole))
+
+    def _independent(self, G: Tensor, L: Tensor, info: Tensor) -> bool:
+        """Whether no column is as good as dependent on those before it, in the whole batch."""
+        if self._have.at_hand and any(info.tolist()):
+            return False
+        falls = L.diagonal(0, -2, -1).square() / G.diagonal(0, -2, -1)
+        if not self._have.at_hand:
+            falls = torch.where(info[:, None] == 0, falls, 0.0)
+        return float(falls.min()) > _INDEPENDENT**2
+
+    def _right(self, outside: Array | None, returned: Tensor | None = None) -> Ritz:
+        squares = self._buffer[:, self._anchored : self._held, self._anchored : self._held]
+        rest = self._bound_of_the_rest(squares, self.widths)
+        coupling = rest[:, None, None] * outside if returned is None else self._have.taken(returned)
+        return self._ritz(squares, rest, coupling, None)
+
+    def _left(self, L: Tensor, returned: Tensor) -> Ritz:
+        last = self.widths[-1]
+        corner, rows = L[:, -last:, -last:], L[:, self._anchored :]
+        half = torch.linalg.solve_triangular(corner, returned, upper=False)
+        outside = self._have.taken(torch.linalg.solve_triangular(corner, half.mT, upper=False))
+        squares = self._have.taken(rows.mT @ rows)
+        squares[:, -last:, -last:] += outside
+        widths = [self._anchored, *self.widths] if self._anchored else self.widths
+        rest = self._bound_of_the_rest(squares, widths)
+        return self._ritz(squares, rest, rest[:, None, None] * outside, L)
+
+    def _ritz(self, squares: Array, rest: Array, coupling: Array, L: Tensor | None) -> Ritz:
+        values, Y = self._have.eigh(squares)
+        tail = Y[:, -coupling.shape[-1] :, :]
+        residual = (tail * (coupling @ tail)).sum(-2) / self._have.at_least(values, _TINY)
+        residual = self._have.at_most(
+            residual, rest[:, None]
+        )  # a bound may exceed it; T y / s is at most a unit vector
+        S, residuals, rests = self._have.numbers(values, residual, rest)
+        return Ritz(_roots(S), _roots(residuals), rests, squares, Y, coupling, L)
+
+    def _bound_of_the_rest(self, squares: Array, widths: list[int]) -> Array:
+        """``||E||^2`` by Note [A residual without its pass] in :mod:`pss_param.krylov`."""
+        slack = 4 * float(np.finfo(np.float64).eps) * math.sqrt(self._m)
+        bound = self._have.at_least(1.0 + slack - squares.diagonal(0, -2, -1).sum(-1), slack)
+        j = min(_NEWEST_BLOCKS, len(widths) - 1)
+        if not j:
+            return bound
+        columns = sum(widths[-j:])
+        seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / self._n)
+        newest = self._have.largest(squares[:, -columns:, -columns:])
+        return self._have.at_most(bound, newest * max(1.0, 4 / seen))
+
+
+def _roots(squares: list[list[float]]) -> list[list[float]]:
+    """Square roots in descending order; what is below zero is rounding."""
+    return [[math.sqrt(x) if x > 0 else 0.0 for x in reversed(line)] for line in squares]
+
+
+def _on_host(function: Callable[[Tensor], Any]) -> Callable[[Array], Any]:
+    """An operation of torch's LAPACK on an array of numpy's."""
+
+    def call(A: Array) -> Any:
+        found = function(torch.from_numpy(A))
+        return found.numpy() if isinstance(found, Tensor) else tuple(part.numpy() for part in found)
+
+    return call
+
+
+def _brought(values: Tensor, residual: Tensor, rest: Tensor) -> list[Any]:
+    """All at once: a synchronisation takes longer than what it brings."""
+    f, table = values.shape[1], torch.cat([values, residual, rest[:, None]], dim=1).tolist()
+    return [[line[:f] for line in table], [line[f:-1] for line in table], [line[-1] for line in table]]
+
+
+HOST = Arithmetic(
+    at_hand=True,
+    taken=lambda made: made.cpu().numpy().reshape(-1, *made.shape[-2:]),
+    given=torch.from_numpy,
+    numbers=lambda *arrays: [array.tolist() for array in arrays],
+    empty=lambda shape, beside: np.empty(shape),
+    array=lambda numbers, beside: np.array(numbers),
+    at_least=np.maximum,
+    at_most=np.minimum,
+    eigh=_on_host(torch.linalg.eigh),
+    eigvalsh=_on_host(torch.linalg.eigvalsh),
+    largest=lambda A: _on_host(torch.linalg.eigvalsh)(A)[:, -1],
+)
+DEVICE = Arithmetic(
+    at_hand=False,
+    taken=lambda made: made.reshape(-1, *made.shape[-2:]),
+    given=lambda array: array,
+    numbers=_brought,
+    empty=lambda shape, beside: beside.new_empty(shape),
+    array=lambda numbers, beside: beside.new_tensor(numbers),
+    at_least=torch.clamp_min,
+    at_most=torch.minimum,
+    eigh=eigen.eigh,
+    eigvalsh=eigen.eigvalsh,
+    largest=eigen.largest,
+)
