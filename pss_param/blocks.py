@@ -87,9 +87,7 @@ def factor(squares: Tensor, noise: Any = None) -> Factor:
         return Factor(back, fall, _spoilt(share, fall))
     falls = torch.where(info == 0, (heights / lengths.sqrt()).amin(-1), 0.0)
     shares = torch.zeros_like(lengths) if noise is None else torch.as_tensor(noise, device=L.device) / lengths
-    fall, share = torch.stack(
-        [falls.min(), shares.max()]
-    ).tolist()  # of many matrices only what counts leaves the device
+    fall, share = torch.stack([falls.min(), shares.max()]).tolist()  # only what counts leaves the device
     return Factor(back, fall if fall > 0 else 0.0, _spoilt(share, fall))
 
 

@@ -281,9 +281,7 @@ class Core:
         values, Y = self._have.eigh(squares)
         tail = Y[:, -coupling.shape[-1] :, :]
         residual = (tail * (coupling @ tail)).sum(-2) / self._have.at_least(values, _TINY)
-        residual = self._have.at_most(
-            residual, rest[:, None]
-        )  # a bound may exceed it; T y / s is at most a unit vector
+        residual = self._have.at_most(residual, rest[:, None])  # as T y / s is at most a unit vector
         S, residuals, rests = self._have.numbers(values, residual, rest)
         return Ritz(_roots(S), _roots(residuals), rests, squares, Y, coupling, L)
 

@@ -9,8 +9,8 @@ directions grows block by block, and what ``W`` makes of it is kept, ``P = W V``
 2. A look: the Ritz triplets are those of the best right subspace. ``P^T P`` gives ``s`` and ``y``, ``v = V y`` and
    ``u = P y / s``. Then ``W v = s u`` holds to rounding, and the whole error is ``r = W^T u - s v``.
 3. A pass back, ``R = (I - V V^T) W^T P_last``. From here on ``W^T P`` is known as a whole, and a look is one at the
-   best left subspace, that of ``P``: Note [Two sides from one basis] in :mod:`pss_param.core`. Then ``W^T u = s v`` holds to
-   rounding, and the whole error is ``r = W v - s u``.
+   best left subspace, that of ``P``: Note [Two sides from one basis] in :mod:`pss_param.core`. Then ``W^T u = s v``
+   holds to rounding, and the whole error is ``r = W v - s u``.
 4. ``orth(R)`` joins ``V``; a pass forth makes its block of ``P``.
 
 So every pass brings the triplets closer, as in a bidiagonalisation with two orthonormal bases, but only ``V`` has to be
@@ -25,8 +25,8 @@ last block that lies outside of all others meets it, and
     ||W^T u - s v|| = ||E^T T y_last|| / s <= ||E|| ||T y_last|| / s :
 
 the residual that the next pass would measure is bounded now, and better the smaller the unseen rest is. ``T^T T`` is
-the last block of the Cholesky factor of ``[X P]^T [X P]``, times its transpose. After a pass back the same holds with the
-sides exchanged, and ``R`` is what lies outside. Two bounds of ``||E||`` are at hand. ``||E||_F^2 = ||W||_F^2 -
+the last block of the Cholesky factor of ``[X P]^T [X P]``, times its transpose. After a pass back the same holds with
+the sides exchanged, and ``R`` is what lies outside. Two bounds of ``||E||`` are at hand. ``||E||_F^2 = ||W||_F^2 -
 ||P||_F^2`` is certain, and sharp where a matrix has collapsed onto few directions. Where a bulk holds much energy in
 many small values, the newest blocks of the basis tell more: they span what the iteration would have amplified most of
 everything outside of the basis before they joined, and since then the outside has only shrunk. Within a dense bulk a
