@@ -12,8 +12,10 @@ back, the left one is known as well: with ``G = L L^T`` the columns of ``U = [X 
     W^T U = V L' + [0 R L''^-T],    (W^T U)^T (W^T U) = L'^T L' + [0 0; 0 L''^-1 R^T R L''^-T],
 
 where ``L'`` are the rows of ``L`` that belong to ``P`` and ``L''`` is its last block on the diagonal. So neither ``U``
-nor anything else of the left side has to be formed before its triplets are wanted. Where the last block is as good as
-dependent on the others, ``L''`` says nothing; then the right side has to do, with residuals that ``R`` tells exactly.
+nor anything else of the left side has to be formed before its triplets are wanted. ``R`` carries the rounding of
+products as long as ``P``, of which ``L''^-1`` makes more; where that would be more than the certificate counts as
+rounding, because the last block is nearly dependent on itself or the others, the right side has to do, with residuals
+that ``R`` tells exactly.
 
 # Note [Where small matrices are]
 An operation on a matrix of 32 columns takes less time than calling for it: numpy is called three to ten times as fast
@@ -42,7 +44,7 @@ Array = Any
 """A numpy array or a tensor."""
 
 _NEWEST_BLOCKS = 2
-_INDEPENDENT = 1e-3  # what of a column lies outside of all before it, over its length
+_INDEPENDENT = 1e-3  # the least of a column that may lie outside of all before it, over its length
 _TINY = 1e-300  # stands for a square of zero
 
 
@@ -179,8 +181,8 @@ class Core:
         L, info = torch.linalg.cholesky_ex(G)
         if returned is None:
             return self._right(self._outside(G, L, info))
-        R2 = returned.reshape(-1, *returned.shape[-2:]).to(G.device)
-        return self._left(L, R2) if self._independent(G, L, info) else self._right(None, R2)
+        grown = self._grown(G, L, info)
+        return self._right(None, returned) if grown is None else self._left(L, grown, self._have.taken(returned))
 
     def ceilings(self, ritz: Ritz, references: Mapping[int, float]) -> dict[int, list[float]]:
         r"""Upper bounds on the singular values of some matrices: Note [Ceilings] in :mod:`pss_param.certificate`.
@@ -251,14 +253,20 @@ class Core:
         corner, whole = L[:, -last:, -last:], G[:, -last:, -last:]
         return self._have.taken(torch.where(info[:, None, None] == 0, corner @ corner.mT, whole))
 
-    def _independent(self, G: Tensor, L: Tensor, info: Tensor) -> bool:
-        """Whether no column is as good as dependent on those before it, in the whole batch."""
+    def _grown(self, G: Tensor, L: Tensor, info: Tensor) -> Array | None:
+        """``L''^-1 D`` with the lengths ``D`` of the last block; ``None`` where it would make too much of rounding."""
         if self._have.at_hand and any(info.tolist()):
-            return False
-        falls = L.diagonal(0, -2, -1).square() / G.diagonal(0, -2, -1)
+            return None
+        last = self.widths[-1]
+        lengths = G.diagonal(0, -2, -1)
+        falls = L.diagonal(0, -2, -1) / lengths.sqrt()
         if not self._have.at_hand:
             falls = torch.where(info[:, None] == 0, falls, 0.0)
-        return float(falls.min()) > _INDEPENDENT**2
+        D = torch.diag_embed(lengths[:, -last:].sqrt())
+        grown = torch.linalg.solve_triangular(L[:, -last:, -last:], D, upper=False)
+        fall, most = torch.stack([falls.min(), torch.linalg.vector_norm(grown, dim=(-2, -1)).max()]).tolist()
+        # The certificate counts four units times the same root as rounding.
+        return self._have.taken(grown) if fall > _INDEPENDENT and most < 2 * math.sqrt(self._m) else None
 
     def _right(self, outside: Array | None, returned: Tensor | None = None) -> Ritz:
         squares = self._buffer[:, self._anchored : self._held, self._anchored : self._held]
@@ -266,11 +274,10 @@ class Core:
         coupling = rest[:, None, None] * outside if returned is None else self._have.taken(returned)
         return self._ritz(squares, rest, coupling, None)
 
-    def _left(self, L: Tensor, returned: Tensor) -> Ritz:
-        last = self.widths[-1]
-        corner, rows = L[:, -last:, -last:], L[:, self._anchored :]
-        half = torch.linalg.solve_triangular(corner, returned, upper=False)
-        outside = self._have.taken(torch.linalg.solve_triangular(corner, half.mT, upper=False))
+    def _left(self, L: Tensor, grown: Array, returned: Array) -> Ritz:
+        last, rows = self.widths[-1], L[:, self._anchored :]
+        lengths = self.last_squares() ** 0.5
+        outside = grown @ (returned / (lengths[:, :, None] * lengths[:, None])) @ grown.swapaxes(-1, -2)
         squares = self._have.taken(rows.mT @ rows)
         squares[:, -last:, -last:] += outside
         widths = [self._anchored, *self.widths] if self._anchored else self.widths

@@ -151,7 +151,10 @@ def _degree(seen: Spectrum, k: int, tol: float) -> int:
 
 def _filtered(gram: Tensor, block: Block, degree: int) -> Tensor:
     """``T_d(2 G / a - 1)`` of the rows, by the three-term recurrence; the first step is known."""
-    a = max(block.values[-1], torch.finfo(gram.dtype).tiny)
+    top, arithmetic = block.values[0], torch.finfo(gram.dtype)
+    a = max(block.values[-1], arithmetic.eps * top)  # below there is nothing but the rounding of the Gram matrix
+    # Columns grow up to (4 top / a)^degree, whose square is to be finite.
+    degree = min(degree, int(0.5 * math.log(arithmetic.max) / math.log(4 * top / a)))
     before, now = block.rows, torch.sub(block.image * (2 / a), block.rows)
     for _ in range(degree - 1):
         before, now = now, torch.addmm(torch.add(before, now, alpha=2), now, gram, beta=-1, alpha=4 / a)

@@ -49,11 +49,12 @@ block behind theirs is there, three passes later, as those of the start do: befo
 that was missed.
 
 # Note [Bases]
-What a pass back brings is projected out of the basis, and its Gram matrix serves both the look and, as a rule, the
-Cholesky factor that makes it a block of the basis (Note [Blocks] in :mod:`pss_param.blocks`). What this makes of the
-rounding that the projection left inside of the basis is projected out of the new block ("twice is enough"). Where it
-may be so much that the block would be orthonormal no more, it is orthonormalised by other means, projected, and
-orthonormalised once more. All blocks keep their columns contiguous: Note [Which kernel] in :mod:`pss_param.products`.
+What a pass back brings is projected out of the basis twice, so that it is orthogonal to it to the rounding of itself,
+and its Gram matrix serves both the look and, as a rule, the Cholesky factor that makes it a block of the basis (Note
+[Blocks] in :mod:`pss_param.blocks`). Where that amplifies the rounding, it is projected out of the new block as well,
+and where it may be so much that the block would be orthonormal no more, or nothing but rounding was left, the block is
+orthonormalised by other means, projected, and orthonormalised once more. All blocks keep their columns contiguous: Note
+[Which kernel] in :mod:`pss_param.products`.
 
 References:
     Golub and Van Loan, "Matrix Computations", 10.3.6 (block Lanczos); Golub, Luk and Overton, ACM TOMS 7 (1981);
@@ -68,7 +69,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pss_param.blocks import factor, gram, orthonormal
+from pss_param.blocks import INDEPENDENT, factor, gram, orthonormal
 from pss_param.core import DEVICE, HOST, Coordinates, Core, Ritz
 from pss_param.products import on_gpu, times, times_t
 
@@ -311,7 +312,8 @@ class Krylov:
     def _reach(self) -> None:
         """One pass: what ``W^T`` makes of the last block, without what the basis spans."""
         rest = self.back(self._image)
-        (rest.addmm_ if rest.dim() == 2 else rest.baddbmm_)(self.basis, self.basis.mT @ rest, alpha=-1)
+        for _ in range(2):
+            (rest.addmm_ if rest.dim() == 2 else rest.baddbmm_)(self.basis, self.basis.mT @ rest, alpha=-1)
         self._rest, self._squares_of_rest, self.reached = rest, gram(rest), True
 
     def _joined(self, fresh: int, room: int) -> Tensor:
@@ -319,7 +321,9 @@ class Krylov:
         R, last = self._rest, self.next_columns
         if not fresh and room >= last:
             found = factor(self._squares_of_rest, self._rounding * self.core.last_squares())
-            if found.spoilt < _MENDED:
+            if found.spoilt < _MENDED and found.fall > INDEPENDENT:
+                return found.columns(R)
+            if found.spoilt < _MENDED and R.dtype != torch.float64:
                 return self._outside(found.columns(R.double()).to(R.dtype))
         if room < last:  # the basis is full with less than R has columns; R's range has no more dimensions
             Q = torch.linalg.svd(R, full_matrices=False).U[..., :room]

@@ -74,3 +74,16 @@ def test_values_close_to_the_edge_do_not_spoil_the_bound(k):
 
 def test_many_wanted_values_are_left_to_the_whole_spectrum():
     assert filtered(gaussian(200, 200).float(), Request(), gaussian(200, 32)) is None
+
+
+@pytest.mark.parametrize(
+    ("fall", "shape", "rank"), [(2.97, (500, 300), 2), (1.67, (500, 300), 1), (8.0, (200, 200), 5)]
+)
+def test_values_that_fall_to_nothing_overflow_nowhere(fall, shape, rank):
+    W = with_spectrum(*shape, 10.0 ** (-torch.arange(min(shape)).double() / fall), 3).float()
+    found = dense(W, torch.linalg.matrix_norm(W).double(), Request(rank=rank, tol=1e-5), 1)
+    assert found.verdict.k == rank
+    assert error_of(W, found) <= found.verdict.error
+    start = gaussian(min(shape), 40)
+    narrow = filtered(W, Request(rank=rank, tol=1e-5), start)
+    assert narrow is None or error_of(W, narrow) <= narrow.verdict.error
