@@ -45,7 +45,8 @@ Array = Any
 
 _NEWEST_BLOCKS = 2
 _INDEPENDENT = 1e-3  # the least of a column that may lie outside of all before it, over its length
-_TINY = 1e-300  # stands for a square of zero
+_TINY = 1e-300  # stands for zero
+_LEAST = 1.5e-8  # of the largest value: below it there is nothing but the rounding of squares
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,16 @@ class Core:
     Args:
         shape: ``(m, n)``.
         arithmetic: numpy's or torch's.
+        eps: rounding unit of the products with ``W``.
 
     Attributes:
         widths: columns of the blocks of ``P``.
     """
 
-    def __init__(self, shape: tuple[int, int], arithmetic: Arithmetic) -> None:
+    def __init__(self, shape: tuple[int, int], arithmetic: Arithmetic, eps: float) -> None:
         self.widths: list[int] = []
         self._m, self._n = shape
-        self._have = arithmetic
+        self._have, self._eps = arithmetic, eps
         self._anchored = self._held = 0
         self._buffer: Array = None
 
@@ -215,7 +217,8 @@ class Core:
         """
         have, f = self._have, ritz.Y.shape[-1]
         Y = ritz.Y[:, :, [f - 1 - i for i in range(count)]]
-        over_S = Y / have.at_least(have.array([line[:count] for line in ritz.S], Y), _TINY)[:, None]
+        S = have.array([[max(s, _LEAST * line[0]) for s in line[:count]] for line in ritz.S], Y)
+        over_S = Y / have.at_least(S, _TINY)[:, None]
         if ritz.L is None:
             return Coordinates(have.given(over_S).mT, have.given(Y).mT, None)
         parts = torch.cat([have.given(Y), have.given(over_S)], dim=-1)
@@ -295,6 +298,8 @@ class Core:
     def _bound_of_the_rest(self, squares: Array, widths: list[int]) -> Array:
         """``||E||^2`` by Note [A residual without its pass] in :mod:`pss_param.krylov`."""
         slack = 4 * float(np.finfo(np.float64).eps) * math.sqrt(self._m)
+        if self.rank < self._n:  # what is left of the norm is known no better than the products
+            slack = max(slack, 2 * self._eps)
         bound = self._have.at_least(1.0 + slack - squares.diagonal(0, -2, -1).sum(-1), slack)
         j = min(_NEWEST_BLOCKS, len(widths) - 1)
         if not j:

@@ -286,7 +286,7 @@ class Krylov:
     def _begin(self, block: Tensor) -> None:
         self.young_columns, self.random_columns = 0, block.shape[-1]
         single = block.dim() == 2 or not on_gpu(block)
-        self.core = Core((self._m, self._n), HOST if single else DEVICE)
+        self.core = Core((self._m, self._n), HOST if single else DEVICE, torch.finfo(self.W.dtype).eps)
         self.basis = self._rest = block[..., :0]
         self._V = block.new_empty(*block.shape[:-2], 0, self._n)
         self._room = self._P = block.new_empty(*block.shape[:-2], 0, self._m, dtype=torch.float64)

@@ -149,6 +149,8 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
         The same bits on every rank, if ``W`` gives the same products on every rank.
     """
     krylov = Krylov(W, norms, seed)
+    if init is not None and init.shape[-1] > min(W.shape[-2:]):
+        init = None  # wider than the matrix
     left = _starts_left([request], init)
     _start(krylov, left, *_first_block(krylov, [request], init))
     ritz, verdicts = _iterate(krylov, [request], None, cold=not left)

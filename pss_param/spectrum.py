@@ -24,6 +24,7 @@ from pss_param.sharded import ShardedMatrix, is_sharded
 from pss_param.solver import solve, solve_sharded
 
 _SEED = 0x50555
+_TAME = 1e-30, 1e30
 _NOT_FINITE = "W must be finite, got NaN or infinity; take the weight from a checkpoint before the blow-up"
 
 
@@ -169,6 +170,8 @@ def dominant_directions(
         PSS, arXiv 2602.01308 (the decomposition, ``k``); Halko, Martinsson and Tropp, SIAM Review 53 (2011).
     """
     _check_request(rank, above, tol)
+    if init is not None and not bool(torch.isfinite(init).all()):
+        raise NonFiniteError("init must be finite, got NaN or infinity; leave it out to start afresh")
     if is_sharded(W):
         return _of_sharded(ShardedMatrix(W, batched=True), (rank, above, tol), generator, init)
     W = checked_matrices(W)
@@ -181,9 +184,17 @@ def dominant_directions(
     requests = _requests(rank, above, tol, batch, norms)
     start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
     with full_precision(W.device):
-        scale = norms if all(sizes) else norms.masked_fill(norms == 0, 1.0)
-        found = solve(flat, scale, requests, _seed(generator), start)
+        if not all(_TAME[0] < size < _TAME[1] for size in sizes):
+            flat, norms = _tamed(flat, norms)
+        found = solve(flat, norms, requests, _seed(generator), start)
         return _gathered(found, sizes, requests, batch, flat)
+
+
+def _tamed(W: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices whose norms and their inverses are far from the ends of float32; norms of 1 for zeros."""
+    exponent = -torch.frexp(norms).exponent.clamp(-126, 126)  # by powers of two, so that only the scale changes
+    scale = torch.ldexp(norms, exponent)
+    return torch.ldexp(W, exponent[:, None, None]), scale.masked_fill(scale == 0, 1.0)
 
 
 def _of_sharded(

@@ -28,7 +28,7 @@ def blocks(batch: int, dependent: bool = False) -> Blocks:
 
 
 def core(arithmetic: Arithmetic, X: torch.Tensor | None, P: torch.Tensor) -> Core:
-    made = Core((60, 40), arithmetic)
+    made = Core((60, 40), arithmetic, 2e-16)
     held = P[..., :0]
     if X is not None:
         made.anchor(X.mT @ X)
@@ -81,3 +81,13 @@ def test_what_was_measured_replaces_the_bound_where_the_left_side_says_nothing()
     ritz = core(HOST, None, P).ritz(R.mT @ R)
     assert ritz.L is None
     torch.testing.assert_close(torch.from_numpy(ritz.coupling), R.mT @ R)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_directions_of_values_of_nothing_stay_finite(returned):
+    _, _, _, P, R = blocks(1)
+    P[..., 3:] = 0.0  # a matrix of rank three
+    made = core(HOST, None, P)
+    parts = made.coordinates(made.ritz(R.mT @ R if returned else None), 10)
+    assert float(parts.in_P.abs().max()) < 1e10
+    assert bool(torch.isfinite(parts.in_P @ P.mT).all())

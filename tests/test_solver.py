@@ -69,6 +69,13 @@ def test_a_warm_start_takes_fewer_passes_where_a_cold_one_takes_many():
     torch.testing.assert_close(again.S, first.S[:10], rtol=1e-3, atol=0)
 
 
+def test_a_start_wider_than_the_matrix_is_left_aside():
+    W = gaussian(8, 60)
+    norm = torch.linalg.matrix_norm(W)
+    found = solve_sharded(ThinProducts(W[None]), norm[None], Request(rank=2), 1, torch.randn(1, 60, 9, dtype=W.dtype))
+    torch.testing.assert_close(found.S, torch.linalg.svdvals(W)[:2] / norm, rtol=0, atol=3e-3)
+
+
 @pytest.mark.parametrize("columns", [3, 60])
 @pytest.mark.parametrize("fall", [0.0, 4.0, 9.0])
 def test_blocks_are_orthonormal_however_dependent(columns, fall):

@@ -277,3 +277,37 @@ def test_a_look_inside_of_autocast_has_the_same_bits():
         inside = stable_rank_estimates(matrices, starts)
     assert torch.equal(plain.stable_ranks, inside.stable_ranks)
     assert inside.vectors[0].dtype == torch.float32
+
+
+def test_more_directions_than_the_rank_are_finite():
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.randint(1, 5, (size, 1), generator=g).float() for size in (300, 280))
+    W = u @ v.mT
+    found = dominant_directions(W, rank=10, init=v / v.norm())
+    assert float(found.U.abs().max()) < 2
+    assert float(found.Vh.abs().max()) < 2
+    torch.testing.assert_close((found.U * found.S) @ found.Vh, W, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_left_of_a_norm_is_known_no_better_than_float32_knows_it():
+    S = power(300, 0.82)
+    S[0] = 1522.0
+    for seed in range(12):
+        W = with_spectrum(300, 300, S, seed).float()
+        found = dominant_directions(W, rank=10)
+        assert float((smoothed(found, W) - exact_clip(W, k=10)).norm() / W.double().norm()) <= float(found.error)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-38, 1e-35, 1e34, 1e37])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_norms_at_the_ends_of_float32(scale, batch):
+    W = with_spectrum(300, 290, power(290, 1.0)).float().expand(*batch, 300, 290)
+    plain, scaled = dominant_directions(W, rank=3), dominant_directions((W.double() * scale).float(), rank=3)
+    assert bool(torch.isfinite(scaled.U).all())
+    if scale >= 1e-37:  # below there are few digits
+        torch.testing.assert_close(scaled.S.double() / scale, plain.S.double(), rtol=1e-3, atol=0)
+
+
+def test_a_start_of_no_numbers_is_refused():
+    with pytest.raises(NonFiniteError, match="init must be finite"):
+        dominant_directions(torch.randn(300, 280), init=torch.full((280, 4), math.nan))
