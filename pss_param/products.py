@@ -76,18 +76,6 @@ def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tens
     return _down_the_columns(W, Y, factor) if _by_rows(W) else _product(W.mT, Y, factor)
 
 
-def prefers_rows(W: Tensor | Matrix) -> bool:
-    """Whether ``W @ X`` is the faster of the two products with a block of full width.
-
-    Args:
-        W: ``(..., m, n)``.
-
-    Returns:
-        Whether ``W`` is stored by rows.
-    """
-    return not isinstance(W, Tensor) or _by_rows(W)
-
-
 def _by_rows(W: Tensor) -> bool:
     return W.stride(-1) <= W.stride(-2)
 

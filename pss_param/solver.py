@@ -33,7 +33,7 @@ matrix takes over. A first block as wide as a sixteenth of the matrix goes there
 ``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has;
 with ``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found,
 and the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual
-may do is more than what it does. A matrix with a few dominant values takes 4 or 5 passes (``svd_lowrank``: 4 to 6),
+may do is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6),
 one with ``S ~ j^-0.5`` 7 to 11 (6 to 14); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`.
 If ``||E||`` itself were known (Note [A residual without its pass] in :mod:`pss_param.krylov`) one of them would be
 saved at most. A trained matrix costs one Gram matrix, half of that for the factorisation which proves that nothing was
@@ -280,10 +280,8 @@ def _iterate(
         fresh = max(0, missing - krylov.young_columns)
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
-        if by_count and passes == 0 and cold:
-            leap = _first_leap(krylov, ritz, verdicts, worst)
-        else:
-            leap = _next_leap(worst, before, passes)
+        first = cold and passes == 0
+        leap = _first_leap(krylov, ritz, verdicts, worst) if first else _next_leap(worst, before, passes)
         before, passes = worst, leap if by_count and missing <= 0 else max(2, leap // 2 * 2)
         for i in range(passes):
             if not krylov.reached:

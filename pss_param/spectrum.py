@@ -159,7 +159,7 @@ def dominant_directions(
 
     Raises:
         ArgumentError: a wrong shape or dtype, both ``rank`` and ``above``, or a value out of range.
-        NonFiniteError: ``W`` holds NaN or infinity.
+        NonFiniteError: ``W`` or ``init`` holds NaN or infinity.
 
     Example:
         >>> found = dominant_directions(torch.diag(torch.tensor([5.0, 3.0, 1.0])), rank=1)
@@ -184,17 +184,21 @@ def dominant_directions(
     requests = _requests(rank, above, tol, batch, norms)
     start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
     with full_precision(W.device):
-        if not all(_TAME[0] < size < _TAME[1] for size in sizes):
+        if any(size and not _TAME[0] < size < _TAME[1] for size in sizes):
             flat, norms = _tamed(flat, norms)
-        found = solve(flat, norms, requests, _seed(generator), start)
+        found = solve(flat, norms if all(sizes) else _to_divide_by(norms), requests, _seed(generator), start)
         return _gathered(found, sizes, requests, batch, flat)
 
 
 def _tamed(W: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices whose norms and their inverses are far from the ends of float32; norms of 1 for zeros."""
+    """The same matrices with norms that, like their inverses, are far from the ends of float32."""
     exponent = -torch.frexp(norms).exponent.clamp(-126, 126)  # by powers of two, so that only the scale changes
-    scale = torch.ldexp(norms, exponent)
-    return torch.ldexp(W, exponent[:, None, None]), scale.masked_fill(scale == 0, 1.0)
+    return torch.ldexp(W, exponent[:, None, None]), torch.ldexp(norms, exponent)
+
+
+def _to_divide_by(norms: Tensor) -> Tensor:
+    """Norms, 1 for matrices of zeros."""
+    return norms.masked_fill(norms == 0, 1.0)
 
 
 def _of_sharded(
@@ -210,8 +214,7 @@ def _of_sharded(
     requests = _requests(rank, above, tol, torch.Size(), norms)
     init = None if init is None else init.to(W.device, W.dtype)[None]
     with full_precision(W.device):
-        scale = norms.masked_fill(norms == 0, 1.0)
-        found = solve_sharded(W, scale, requests[0], _seed(generator), init)
+        found = solve_sharded(W, _to_divide_by(norms), requests[0], _seed(generator), init)
         return _gathered([found], norms.tolist(), requests, torch.Size(), found.U)
 
 
