@@ -78,7 +78,7 @@ def factor(squares: Tensor, noise: Any = None) -> Factor:
         The factor; useless where ``fall`` is not above zero.
     """
     L, info = torch.linalg.cholesky_ex(squares)
-    back: Tensor = torch.linalg.solve_triangular(L, _identity(L.shape[-1], L.device), upper=False)
+    back: Tensor = torch.linalg.solve_triangular(L, identity(L.shape[-1], L.device), upper=False)
     heights, lengths = L.diagonal(dim1=-2, dim2=-1), squares.diagonal(dim1=-2, dim2=-1)
     if L.dim() == 2 and not L.is_cuda:
         if int(info):
@@ -98,7 +98,16 @@ def _spoilt(share: float, fall: float) -> float:
 
 
 @lru_cache(maxsize=8)
-def _identity(columns: int, device: torch.device) -> Tensor:
+def identity(columns: int, device: torch.device) -> Tensor:
+    """The float64 identity, made once; nobody writes to it.
+
+    Args:
+        columns: of it.
+        device: where.
+
+    Returns:
+        ``(columns, columns)``.
+    """
     return torch.eye(columns, dtype=torch.float64, device=device)
 
 

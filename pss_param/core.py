@@ -21,8 +21,8 @@ that ``R`` tells exactly.
 An operation on a matrix of 32 columns takes less time than calling for it: numpy is called three to ten times as fast
 as torch. So on a CPU, and for a single matrix of a GPU, where a library takes milliseconds for one small eigenproblem,
 these are numpy's arrays. Those of a batch on a GPU stay there and share every kernel. The lines below are the same for
-both; :class:`Arithmetic` holds what is called differently. What is LAPACK's is torch's in both: numpy's own threads
-would wait for torch's.
+both; :class:`Arithmetic` holds what is called differently. What is LAPACK's, or large, is torch's in both: numpy's
+own threads would wait for torch's.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from pss_param import eigen
+from pss_param.blocks import identity
 
 __all__ = ["DEVICE", "HOST", "Arithmetic", "Coordinates", "Core", "Ritz"]
 
@@ -46,6 +47,7 @@ Array = Any
 _NEWEST_BLOCKS = 2
 _INDEPENDENT = 1e-3  # the least of a column that may lie outside of all before it, over its length
 _TINY = 1e-300  # stands for zero
+_ALONE = 1 << 17  # multiplications up to which numpy calls no threads
 _LEAST = 1.5e-8  # of the largest value: below it there is nothing but the rounding of squares
 
 
@@ -54,27 +56,39 @@ class Arithmetic:
     """What numpy and torch call differently.
 
     Attributes:
-        at_hand: whether a look at a number waits for nothing.
         taken: what was made on the device, ``(..., h, b)``, as arrays ``(B, h, b)``.
         given: an array as a tensor, on the host for numpy's.
         numbers: three arrays ``(B, f), (B, f), (B,)`` as lists.
         empty: an array of that shape beside another one.
         array: numbers in the type of an array.
+        both: two arrays of one number as numbers.
+        descending: so many of the last columns, the last one first.
+        where: one array where a condition holds, another or a number elsewhere.
         at_least: the larger of an array and a number.
         at_most: the smaller of two arrays.
+        product: of two matrices.
+        cholesky: ``L``, and whether there is one, ``(B,)``.
+        inverse: of ``L``.
+        solved: ``L^-T`` times an array.
         eigh: ascending eigenvalues, and the vectors as columns.
         eigvalsh: ascending eigenvalues.
         largest: the largest eigenvalue, or a bound hardly above it.
     """
 
-    at_hand: bool
     taken: Callable[[Tensor], Array]
     given: Callable[[Array], Tensor]
     numbers: Callable[[Array, Array, Array], list[Any]]
     empty: Callable[[tuple[int, ...], Array], Array]
     array: Callable[[list[Any], Array], Array]
+    both: Callable[[Array, Array], list[float]]
+    descending: Callable[[Array, int], Array]
+    where: Callable[[Array, Array, Any], Array]
     at_least: Callable[[Array, float], Array]
     at_most: Callable[[Array, Array], Array]
+    product: Callable[[Array, Array], Array]
+    cholesky: Callable[[Array], tuple[Array, Array]]
+    inverse: Callable[[Array], Array]
+    solved: Callable[[Array, Array], Array]
     eigh: Callable[[Array], tuple[Array, Array]]
     eigvalsh: Callable[[Array], Array]
     largest: Callable[[Array], Array]
@@ -100,7 +114,7 @@ class Ritz:
     squares: Array
     Y: Array
     coupling: Array
-    L: Tensor | None
+    L: Array | None
 
 
 class Coordinates(NamedTuple):
@@ -170,6 +184,15 @@ class Core:
         self._add(products)
         self.widths.append(products.shape[-1])
 
+    def values(self) -> list[list[float]]:
+        """Ritz values on the right basis, without what goes with them.
+
+        Returns:
+            Of each matrix, descending.
+        """
+        squares = self._buffer[:, self._anchored : self._held, self._anchored : self._held]
+        return _roots(self._have.eigvalsh(squares).tolist())
+
     def ritz(self, returned: Tensor | None) -> Ritz:
         """Singular triplets on the right basis, or on the left one behind a pass back.
 
@@ -179,12 +202,12 @@ class Core:
         Returns:
             The triplets with bounds on their residuals: one synchronisation with a device, two behind a pass back.
         """
-        G = self._have.given(self._buffer[:, : self._held, : self._held])
-        L, info = torch.linalg.cholesky_ex(G)
+        G = self._buffer[:, : self._held, : self._held]
+        L, sound = self._have.cholesky(G)
         if returned is None:
-            return self._right(self._outside(G, L, info))
-        grown = self._grown(G, L, info)
-        return self._right(None, returned) if grown is None else self._left(L, grown, self._have.taken(returned))
+            return self._right(self._outside(G, L, sound))
+        inverse, squares = self._inverse(G, L, sound), self._have.taken(returned)
+        return self._right(squares, returned=True) if inverse is None else self._left(L, inverse, squares)
 
     def ceilings(self, ritz: Ritz, references: Mapping[int, float]) -> dict[int, list[float]]:
         r"""Upper bounds on the singular values of some matrices: Note [Ceilings] in :mod:`pss_param.certificate`.
@@ -215,16 +238,14 @@ class Core:
         Returns:
             On the device, or on the host where the small matrices are there.
         """
-        have, f = self._have, ritz.Y.shape[-1]
-        Y = ritz.Y[:, :, [f - 1 - i for i in range(count)]]
-        S = have.array([[max(s, _LEAST * line[0]) for s in line[:count]] for line in ritz.S], Y)
-        over_S = Y / have.at_least(S, _TINY)[:, None]
+        have, Y = self._have, self._have.descending(ritz.Y, count)
+        S = [[max(s, _LEAST * line[0], _TINY) for s in line[:count]] for line in ritz.S]
+        over_S = Y / have.array(S, Y)[:, None]
         if ritz.L is None:
             return Coordinates(have.given(over_S).mT, have.given(Y).mT, None)
-        parts = torch.cat([have.given(Y), have.given(over_S)], dim=-1)
-        solved = torch.linalg.solve_triangular(ritz.L.mT, parts, upper=True)
-        right = ritz.L[:, self._anchored :] @ parts[..., count:]
-        return Coordinates(solved[..., :count].mT, right.mT, solved[:, -self.widths[-1] :, count:].mT)
+        in_P, in_L = have.solved(ritz.L, Y), have.solved(ritz.L, over_S)
+        right = have.product(ritz.L[:, self._anchored :], over_S)
+        return Coordinates(*(have.given(part).mT for part in (in_P, right, in_L[:, -self.widths[-1] :])))
 
     def last_squares(self) -> Array:
         """Squared lengths of the columns of the last block of ``P``.
@@ -246,42 +267,36 @@ class Core:
         self._buffer[:, at:end, :at] = block[:, :at].swapaxes(-1, -2)
         self._held = end
 
-    def _outside(self, G: Tensor, L: Tensor, info: Tensor) -> Array:
+    def _outside(self, G: Array, L: Array, sound: Array) -> Array:
         """``T^T T``: Note [A residual without its pass] in :mod:`pss_param.krylov`."""
         last = self.widths[-1]
-        if self._have.at_hand and not any(info.tolist()):
-            corner = self._have.taken(L)[:, -last:, -last:]
-            return corner @ corner.swapaxes(-1, -2)
+        corner = L[:, -last:, -last:]
+        squares = self._have.product(corner, corner.swapaxes(-1, -2))
         # Without a factor the last block is as good as dependent on the others; a part is no longer than the whole.
-        corner, whole = L[:, -last:, -last:], G[:, -last:, -last:]
-        return self._have.taken(torch.where(info[:, None, None] == 0, corner @ corner.mT, whole))
+        return self._have.where(sound[:, None, None], squares, G[:, -last:, -last:])
 
-    def _grown(self, G: Tensor, L: Tensor, info: Tensor) -> Array | None:
-        """``L''^-1 D`` with the lengths ``D`` of the last block; ``None`` where it would make too much of rounding."""
-        if self._have.at_hand and any(info.tolist()):
-            return None
+    def _inverse(self, G: Array, L: Array, sound: Array) -> Array | None:
+        """``L''^-1``; ``None`` where it would make too much of the rounding in the last block."""
         last = self.widths[-1]
-        lengths = G.diagonal(0, -2, -1)
-        falls = L.diagonal(0, -2, -1) / lengths.sqrt()
-        if not self._have.at_hand:
-            falls = torch.where(info[:, None] == 0, falls, 0.0)
-        D = torch.diag_embed(lengths[:, -last:].sqrt())
-        grown = torch.linalg.solve_triangular(L[:, -last:, -last:], D, upper=False)
-        fall, most = torch.stack([falls.min(), torch.linalg.vector_norm(grown, dim=(-2, -1)).max()]).tolist()
-        # The certificate counts four units times the same root as rounding.
-        return self._have.taken(grown) if fall > _INDEPENDENT and most < 2 * math.sqrt(self._m) else None
+        lengths = G.diagonal(0, -2, -1) ** 0.5
+        falls = self._have.where(sound[:, None], L.diagonal(0, -2, -1) / lengths, 0.0)
+        inverse = self._have.inverse(L[:, -last:, -last:])
+        grown = ((inverse * lengths[:, None, -last:]) ** 2).sum((-2, -1))
+        fall, most = self._have.both(falls.min(), grown.max())
+        # The certificate counts four units times the root of m as rounding.
+        return inverse if fall > _INDEPENDENT and most < 4 * self._m else None
 
-    def _right(self, outside: Array | None, returned: Tensor | None = None) -> Ritz:
+    def _right(self, outside: Array, returned: bool = False) -> Ritz:
+        """From ``T^T T``, which is met by no more than the unseen rest, or from ``R^T R``."""
         squares = self._buffer[:, self._anchored : self._held, self._anchored : self._held]
         rest = self._bound_of_the_rest(squares, self.widths)
-        coupling = rest[:, None, None] * outside if returned is None else self._have.taken(returned)
-        return self._ritz(squares, rest, coupling, None)
+        return self._ritz(squares, rest, outside if returned else rest[:, None, None] * outside, None)
 
-    def _left(self, L: Tensor, grown: Array, returned: Array) -> Ritz:
+    def _left(self, L: Array, inverse: Array, returned: Array) -> Ritz:
         last, rows = self.widths[-1], L[:, self._anchored :]
-        lengths = self.last_squares() ** 0.5
-        outside = grown @ (returned / (lengths[:, :, None] * lengths[:, None])) @ grown.swapaxes(-1, -2)
-        squares = self._have.taken(rows.mT @ rows)
+        product = self._have.product
+        outside = product(product(inverse, returned), inverse.swapaxes(-1, -2))
+        squares = product(rows.swapaxes(-1, -2), rows)
         squares[:, -last:, -last:] += outside
         widths = [self._anchored, *self.widths] if self._anchored else self.widths
         rest = self._bound_of_the_rest(squares, widths)
@@ -290,7 +305,7 @@ class Core:
     def _ritz(self, squares: Array, rest: Array, coupling: Array, L: Tensor | None) -> Ritz:
         values, Y = self._have.eigh(squares)
         tail = Y[:, -coupling.shape[-1] :, :]
-        residual = (tail * (coupling @ tail)).sum(-2) / self._have.at_least(values, _TINY)
+        residual = (tail * self._have.product(coupling, tail)).sum(-2) / self._have.at_least(values, _TINY)
         residual = self._have.at_most(residual, rest[:, None])  # as T y / s is at most a unit vector
         S, residuals, rests = self._have.numbers(values, residual, rest)
         return Ritz(_roots(S), _roots(residuals), rests, squares, Y, coupling, L)
@@ -315,14 +330,30 @@ def _roots(squares: list[list[float]]) -> list[list[float]]:
     return [[math.sqrt(x) if x > 0 else 0.0 for x in reversed(line)] for line in squares]
 
 
-def _on_host(function: Callable[[Tensor], Any]) -> Callable[[Array], Any]:
-    """An operation of torch's LAPACK on an array of numpy's."""
+def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation of torch's LAPACK on arrays of numpy's."""
 
-    def call(A: Array) -> Any:
-        found = function(torch.from_numpy(A))
+    def call(*arrays: Array) -> Any:
+        found = function(*map(torch.from_numpy, arrays))
         return found.numpy() if isinstance(found, Tensor) else tuple(part.numpy() for part in found)
 
     return call
+
+
+def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor, and whether there is one."""
+    L, info = torch.linalg.cholesky_ex(A)
+    return L, info == 0
+
+
+def _inverse(L: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.solve_triangular(L, identity(L.shape[-1], L.device), upper=False)
+    return found
+
+
+def _solved(L: Tensor, right: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.solve_triangular(L.mT, right, upper=True)
+    return found
 
 
 def _brought(values: Tensor, residual: Tensor, rest: Tensor) -> list[Any]:
@@ -332,27 +363,39 @@ def _brought(values: Tensor, residual: Tensor, rest: Tensor) -> list[Any]:
 
 
 HOST = Arithmetic(
-    at_hand=True,
     taken=lambda made: made.cpu().numpy().reshape(-1, *made.shape[-2:]),
     given=torch.from_numpy,
     numbers=lambda *arrays: [array.tolist() for array in arrays],
     empty=lambda shape, beside: np.empty(shape),
     array=lambda numbers, beside: np.array(numbers),
+    both=lambda one, other: [float(one), float(other)],
+    descending=lambda Y, count: Y[..., ::-1][..., :count].copy(),
+    where=np.where,
     at_least=np.maximum,
     at_most=np.minimum,
+    product=lambda A, B: A @ B if A.size * B.shape[-1] < _ALONE else _on_host(torch.matmul)(A, B),
+    cholesky=_on_host(_cholesky),
+    inverse=_on_host(_inverse),
+    solved=_on_host(_solved),
     eigh=_on_host(torch.linalg.eigh),
     eigvalsh=_on_host(torch.linalg.eigvalsh),
     largest=lambda A: _on_host(torch.linalg.eigvalsh)(A)[:, -1],
 )
 DEVICE = Arithmetic(
-    at_hand=False,
     taken=lambda made: made.reshape(-1, *made.shape[-2:]),
     given=lambda array: array,
     numbers=_brought,
     empty=lambda shape, beside: beside.new_empty(shape),
     array=lambda numbers, beside: beside.new_tensor(numbers),
+    both=lambda one, other: torch.stack([one, other]).tolist(),
+    descending=lambda Y, count: Y.flip(-1)[..., :count],
+    where=torch.where,
     at_least=torch.clamp_min,
     at_most=torch.minimum,
+    product=torch.matmul,
+    cholesky=_cholesky,
+    inverse=_inverse,
+    solved=_solved,
     eigh=eigen.eigh,
     eigvalsh=eigen.eigvalsh,
     largest=eigen.largest,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pss_param.products import on_gpu
 
-__all__ = ["block_jacobi", "bound_by_powers", "eigh", "eigvalsh", "high_power", "largest"]
+__all__ = ["block_jacobi", "bound_by_powers", "eigh", "eigvalsh", "high_power", "largest", "largest_and_trace"]
 
 _IN_ONE_KERNEL = 32
 _MANY = 16  # matrices from which the rounds of the block method take less time than as many calls
@@ -84,6 +84,26 @@ def largest(A: Tensor) -> Tensor:
         3.0
     """
     return bound_by_powers(A) if on_gpu(A) else torch.linalg.eigvalsh(A)[..., -1]
+
+
+def largest_and_trace(A: Tensor) -> list[tuple[float, float]]:
+    r"""The largest eigenvalue of each matrix, as :func:`largest` gives it, and the sum of all: one synchronisation.
+
+    Args:
+        A: positive semidefinite, float64 ``(..., f, f)``.
+
+    Returns:
+        Two numbers a matrix.
+
+    Example:
+        >>> largest_and_trace(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
+        [(3.0, 4.0)]
+    """
+    A = A.reshape(-1, *A.shape[-2:])
+    if not on_gpu(A):
+        return [(line[-1], sum(line)) for line in torch.linalg.eigvalsh(A).tolist()]
+    tops, traces = torch.stack([bound_by_powers(A), A.diagonal(dim1=-2, dim2=-1).sum(-1)]).tolist()
+    return list(zip(tops, traces, strict=True))
 
 
 def bound_by_powers(A: Tensor) -> Tensor:

@@ -323,8 +323,9 @@ class Krylov:
             found = factor(self._squares_of_rest, self._rounding * self.core.last_squares())
             if found.spoilt < _MENDED and found.fall > INDEPENDENT:
                 return found.columns(R)
-            if found.spoilt < _MENDED and R.dtype != torch.float64:
-                return self._outside(found.columns(R.double()).to(R.dtype))
+            if found.spoilt < _MENDABLE and R.dtype != torch.float64:
+                mended = self._outside(found.columns(R.double()).to(R.dtype))
+                return mended if found.spoilt < _MENDED else orthonormal(mended)
         if room < last:  # the basis is full with less than R has columns; R's range has no more dimensions
             Q = torch.linalg.svd(R, full_matrices=False).U[..., :room]
         else:
@@ -371,4 +372,5 @@ def _drawn(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch
 
 _BLOCKS_AT_FIRST = 4
 _MENDED = 3e-4  # a unit column stays one, but for the rounding of float32, when so much is projected out of it
+_MENDABLE = 0.1  # and is independent, so that it is made one again in one round, when so much is
 _SURVIVES = 0.5  # of a unit column that is orthogonal but for rounding

@@ -6,7 +6,8 @@ r"""Dominant triplets of a batch of matrices: which algorithm serves which matri
    the rest, whatever their size. A narrow sketch says how wide the block should be, the Ritz values whether that was
    enough, and the bounds on their residuals when to stop.
 2. The filtered Gram matrix of :mod:`pss_param.filtered` serves those where values crowd around the edge, as in trained
-   weights, and small ones (from 192 to 256), unless a level is asked for.
+   weights (Note [Crowded edges] in :mod:`pss_param.passes`), and small ones (from 192 to 256), unless a level is asked
+   for.
 3. The whole spectrum (:mod:`pss_param.whole`) serves what is left: matrices below 192, flat spectra of which more than
    a quarter is wanted, and levels inside of a dense bulk. It comes from the Gram matrix of the smaller side where its
    squared values keep enough digits, and from ``torch.linalg.svd`` where they do not: for tolerances near the rounding
@@ -20,14 +21,6 @@ long. So the matrices of a batch share every kernel (Note [Many small eigenprobl
 passes are spent on finding out how narrow the block may be: the guess is the largest of the batch, up to three times
 what is needed. Up to 1024 the whole spectrum serves (Note [Squares on a GPU] in :mod:`pss_param.whole`), and for what
 lies above a level Note [Levels on a GPU] in :mod:`pss_param.levels`.
-
-# Note [Crowded edges]
-A block of ``b`` random columns converges by the gap between the edge ``c`` and the value ``a`` that it ends with: two
-passes multiply what is wanted by ``e^acosh(2 c^2 / a^2 - 1)`` over what is not, and ``e^7`` of that is what a
-certificate takes. The Gram matrix and its factorisation cost about ``n / 2.5`` columns of a pass. Once the basis is
-twice as wide as the block its Ritz values tell ``c / a``: passes times columns over ``n`` come out as 0.8 to 1 for
-trained weights (512 x 512 to 2048 x 2048) and as 0.02 to 0.2 for ``S ~ j^-0.5`` and collapsed ones; above 0.4 the Gram
-matrix takes over. A first block as wide as a sixteenth of the matrix goes there at once.
 
 # Note [What a certificate costs]
 ``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has;
@@ -52,10 +45,13 @@ from torch import Tensor
 from pss_param.blocks import gram, orthonormal
 from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
 from pss_param.core import Ritz
-from pss_param.eigen import largest
+from pss_param.eigen import largest, largest_and_trace
 from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix
+from pss_param.passes import (
+    after_first_look, after_later_look, before_first_look, crowded, first_look_of_narrow, growth,
+)  # fmt: skip
 from pss_param.products import FULL_WIDTH, on_gpu
 from pss_param.whole import WHOLE_BELOW_ON_GPU, dense_all
 
@@ -80,26 +76,7 @@ _WHOLE_BELOW = 256
 # and saved a half only for slowly falling values (S ~ j^-0.3 at 1024 x 1024).
 _WIDEST = 4
 
-# Note [Crowded edges] in :mod:`pss_param.solver`.
-_GROWTH = 7.0
-_PASS_OVER_GRAM = 2.5
-_WIDE_START = 16
-
-# Note [Passes without a look]
-# A look at a core of 48 columns costs as much as two passes over 512 x 512 and half of one over 2048 x 2048, so it
-# waits until it may succeed. After the first look the bound falls at half of the rate per pass that the gap behind the
-# wanted values tells for two, and soon at twice that, as every block leaves more directions behind: where the gap asked
-# for x pairs of passes it took 2 x single ones up to 4 of them, then x + 2 (S ~ j^-0.5 to 1/j, from 512 x 512 to
-# 2048 x 2048, tolerances 1e-2 to 1e-4). Later on the last fall of the bound itself tells more. The first look comes
-# after four passes, which reach 1e-3 in a collapsed matrix, and after five where the tolerance is tight.
-# Behind a level there may be a bulk that reaches up to it, and no gap. What the bulk may hide is told far better while
-# both sides hold equally many blocks, so looks at it start with the first block and are a multiple of two passes apart.
-_SLOW, _LOST = 0.75, 1.7
-_SPARE, _SPARE_OF_SMALL = 0.3, 0.8  # added before rounding down: below the size of 1024 a failed look costs the most
-_LOOKS_COST_LESS = 1024
-_LEAP = 0.5
-_TIGHT = 3e-4
-_LONGEST_FIRST, _LONGEST_LEAP = 8, 4
+_WIDE_START = 16  # a first block that fills so much of the smaller side gives way to the Gram matrix at once
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_WORKSPACE = 1 << 32  # bytes that the bases of a batch may take; the matrices themselves are not copied
@@ -254,10 +231,13 @@ def _tiles(columns: int) -> int:
 
 def _guess(squares: Tensor) -> int:
     """A stable rank from the Gram matrix ``(..., b, b)`` of a sketch ``Z = W Omega``: the largest of the batch."""
-    # The Gram matrix of Z has the identity as its mean, and a dominant direction adds about b / SR to its largest
-    # eigenvalue. The guess is right within a factor of two or three up to a stable rank of 2 b, and low beyond.
-    top = largest(squares).min()
-    return math.floor(squares.shape[-1] / max(float(top) - 1.0, 0.05))
+    # The Gram matrix of Z has the identity as its mean. A dominant direction, of a share p = 1 / SR of the energy, adds
+    # to its largest eigenvalue about b p, scattered like chi^2 of b; the others share what is left of the energy.
+    # So p is b - 1 parts of the largest one's share of the trace, and also what the mean of the others lacks to one.
+    # Their average is right within a factor of two up to a stable rank of b / 2, and low beyond b.
+    b = squares.shape[-1]
+    parts = min((b * top / trace + top - trace + b - 2) / 2 for top, trace in largest_and_trace(squares))
+    return math.floor((b - 1) / max(parts, 0.05))
 
 
 def _iterate(
@@ -265,10 +245,8 @@ def _iterate(
 ) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
     by_count = _filterable(requests)
-    if cold:  # one block shows nothing but a matrix of low rank
-        for _ in range(2 if max(request.tol for request in requests) > _TIGHT else 3):
-            if not krylov.complete:
-                krylov.advance()
+    if cold:
+        _advance_unseen(krylov, requests, widest)
     before, passes = math.inf, 0
     while True:
         ritz = krylov.ritz()
@@ -281,7 +259,11 @@ def _iterate(
         fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
         first = cold and passes == 0
-        leap = _first_leap(krylov, ritz, verdicts, worst) if first else _next_leap(worst, before, passes)
+        if first:
+            grows = growth(ritz.S, [verdict.k for verdict in verdicts], krylov.random_columns)
+            leap = after_first_look(grows, worst, min(krylov.W.shape[-2:]))
+        else:
+            leap = after_later_look(worst, before, passes)
         before, passes = worst, leap if by_count and missing <= 0 else max(2, leap // 2 * 2)
         for i in range(passes):
             if not krylov.reached:
@@ -297,6 +279,20 @@ def _iterate(
             fresh = 0
 
 
+def _advance_unseen(krylov: Krylov, requests: list[Request], widest: int | None) -> None:
+    """The passes before the first look: one block shows nothing but a matrix of low rank."""
+    columns, tol = krylov.random_columns, min(request.tol for request in requests)
+    passes = first_look_of_narrow(tol) if columns < FULL_WIDTH else None
+    if passes is None:
+        grows = _growth(krylov.core.values(), requests, columns)
+        passes = 2 if crowded(grows, columns, min(krylov.W.shape[-2:])) else before_first_look(grows, tol, columns)
+    for _ in range(passes):
+        wider = krylov.rank + columns if krylov.reached else krylov.rank
+        if krylov.complete or (widest is not None and wider > widest):
+            return
+        krylov.advance()
+
+
 def _filterable(requests: list[Request]) -> bool:
     return all(request.level is None and not request.bulk for request in requests)
 
@@ -308,37 +304,16 @@ def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) 
         return True
     if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
         return False
-    ranks = [_count(S[0], request) for S, request in zip(ritz.S, requests, strict=True)]
-    return 2 * _GROWTH / _growth(krylov, ritz, ranks) * columns * _PASS_OVER_GRAM > least
+    return crowded(_growth(ritz.S, requests, columns), columns, least)
+
+
+def _growth(values: list[list[float]], requests: list[Request], columns: int) -> float:
+    ranks = [_count(S[0], request) for S, request in zip(values, requests, strict=True)]
+    return growth(values, ranks, columns)
 
 
 def _count(top: float, request: Request) -> int:
     return math.floor(stable_rank_of(top)) if request.rank is None else request.rank
-
-
-def _growth(krylov: Krylov, ritz: Ritz, ranks: list[int]) -> float:
-    """By how much two passes raise what is wanted over what is not: Note [Crowded edges]; the least of the batch."""
-    least, last = math.inf, min(krylov.random_columns, krylov.rank) - 1
-    for S, k in zip(ritz.S, ranks, strict=True):
-        ratio = (S[min(k, last)] / max(S[last], 1e-30)) ** 2
-        least = min(least, math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
-    return least
-
-
-def _first_leap(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], worst: float) -> int:
-    """How many passes to make after the first look: Note [Passes without a look]."""
-    if not 1 < worst < math.inf:
-        return 1
-    asked = math.log(worst) / _growth(krylov, ritz, [verdict.k for verdict in verdicts])
-    spare = _SPARE_OF_SMALL if min(krylov.W.shape[-2:]) < _LOOKS_COST_LESS else _SPARE
-    return max(1, min(_LONGEST_FIRST, math.floor(asked + min(_SLOW * asked, _LOST) + spare)))
-
-
-def _next_leap(worst: float, before: float, passes: int) -> int:
-    """How many passes to make after a later look, from the bound over the tolerance now and some passes ago."""
-    if not 1 < worst < before < math.inf:
-        return 1
-    return max(1, min(_LONGEST_LEAP, math.floor(_LEAP * passes * math.log(worst) / math.log(before / worst))))
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:

@@ -222,29 +222,32 @@ def _gathered(
     found: list[Found], sizes: list[float], requests: list[Request], batch: torch.Size, like: Tensor
 ) -> DominantDirections:
     """Results of single matrices as one batch in the units of ``W``, padded with zeros to the largest ``k``."""
+    tops = [(one.top, stable_rank_of(one.top), 1 / (one.top or 1.0)) for one in found]
     lines = [
-        (
-            one.verdict.edge * size, stable_rank_of(one.top), one.top * size, one.verdict.bulk_edge * size,
-            one.verdict.error, size, 1 / (one.top or 1.0),
-        )
-        for one, size in zip(found, sizes, strict=True)
-    ]  # fmt: skip
-    table = torch.tensor(lines if batch else lines[0], dtype=like.dtype, device=like.device).reshape(*batch, 7)
-    edge, stable, top, bulk_edge, error, unit, inverse_top = table.unbind(-1)
+        (one.verdict.edge * size, stable_rank, top * size, one.verdict.bulk_edge * size, one.verdict.error)
+        for one, size, (top, stable_rank, _) in zip(found, sizes, tops, strict=True)
+    ]
+    table = torch.tensor(lines if batch else lines[0], dtype=like.dtype, device=like.device).reshape(*batch, 5)
+    edge, stable, top, bulk_edge, error = table.unbind(-1)
     met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
     return DominantDirections(
         U=_padded(found, "U", batch, like),
-        S=_padded(found, "S", batch, like) * unit[..., None],
+        S=_padded(found, "S", batch, like) * _factors(sizes, batch, like),
         Vh=_padded(found, "Vh", batch, like),
         edge=edge,
         k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device).reshape(batch),
         stable_rank=stable,
         spectral_norm=top,
         bulk_edge=bulk_edge,
-        residual=_padded(found, "residual", batch, like) * inverse_top[..., None],
+        residual=_padded(found, "residual", batch, like) * _factors([one[2] for one in tops], batch, like),
         error=error,
         converged=torch.tensor(met, dtype=torch.bool, device=like.device).reshape(batch),
     )
+
+
+def _factors(numbers: list[float], batch: torch.Size, like: Tensor) -> float | Tensor:
+    """Of the values of each matrix, ``(*batch, 1)``; a number for a single one."""
+    return like.new_tensor(numbers).reshape(*batch, 1) if batch else numbers[0]
 
 
 def _padded(found: list[Found], name: str, batch: torch.Size, like: Tensor) -> Tensor:
