@@ -183,6 +183,31 @@ def count_of(seen: Spectrum, rank: int | None) -> tuple[int, bool]:
     return min(k_high, least - 1), decided
 
 
+def rank_wanted(top: float, request: Request) -> int:
+    """How many values a request is about, as far as the largest one tells.
+
+    Args:
+        top: ``S[0] / ||W||_F``.
+        request: what is wanted.
+
+    Returns:
+        ``request.rank``, or else ``floor(SR)``.
+    """
+    return math.floor(stable_rank_of(top)) if request.rank is None else request.rank
+
+
+def by_count(requests: list[Request]) -> bool:
+    """Whether all requests are for a number of values, not for what lies above a level.
+
+    Args:
+        requests: of a batch.
+
+    Returns:
+        The answer.
+    """
+    return all(request.level is None and not request.bulk for request in requests)
+
+
 def stable_rank_of(top: float) -> float:
     """Stable rank of a matrix with ``||W||_F = 1`` and largest singular value ``top``.
 

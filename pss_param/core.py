@@ -56,6 +56,7 @@ class Arithmetic:
     """What numpy and torch call differently.
 
     Attributes:
+        at_hand: whether a look at a number waits for nothing.
         taken: what was made on the device, ``(..., h, b)``, as arrays ``(B, h, b)``.
         given: an array as a tensor, on the host for numpy's.
         numbers: three arrays ``(B, f), (B, f), (B,)`` as lists.
@@ -75,6 +76,7 @@ class Arithmetic:
         largest: the largest eigenvalue, or a bound hardly above it.
     """
 
+    at_hand: bool
     taken: Callable[[Tensor], Array]
     given: Callable[[Array], Tensor]
     numbers: Callable[[Array, Array, Array], list[Any]]
@@ -277,6 +279,8 @@ class Core:
 
     def _inverse(self, G: Array, L: Array, sound: Array) -> Array | None:
         """``L''^-1``; ``None`` where it would make too much of the rounding in the last block."""
+        if self._have.at_hand and not sound.all():
+            return None
         last = self.widths[-1]
         lengths = G.diagonal(0, -2, -1) ** 0.5
         falls = self._have.where(sound[:, None], L.diagonal(0, -2, -1) / lengths, 0.0)
@@ -363,6 +367,7 @@ def _brought(values: Tensor, residual: Tensor, rest: Tensor) -> list[Any]:
 
 
 HOST = Arithmetic(
+    at_hand=True,
     taken=lambda made: made.cpu().numpy().reshape(-1, *made.shape[-2:]),
     given=torch.from_numpy,
     numbers=lambda *arrays: [array.tolist() for array in arrays],
@@ -382,6 +387,7 @@ HOST = Arithmetic(
     largest=lambda A: _on_host(torch.linalg.eigvalsh)(A)[:, -1],
 )
 DEVICE = Arithmetic(
+    at_hand=False,
     taken=lambda made: made.reshape(-1, *made.shape[-2:]),
     given=lambda array: array,
     numbers=_brought,

@@ -49,12 +49,13 @@ block behind theirs is there, three passes later, as those of the start do: befo
 that was missed.
 
 # Note [Bases]
-What a pass back brings is projected out of the basis twice, so that it is orthogonal to it to the rounding of itself,
-and its Gram matrix serves both the look and, as a rule, the Cholesky factor that makes it a block of the basis (Note
-[Blocks] in :mod:`pss_param.blocks`). Where that amplifies the rounding, it is projected out of the new block as well,
-and where it may be so much that the block would be orthonormal no more, or nothing but rounding was left, the block is
-orthonormalised by other means, projected, and orthonormalised once more. All blocks keep their columns contiguous: Note
-[Which kernel] in :mod:`pss_param.products`.
+What a pass back brings is projected out of the basis, and its Gram matrix serves both the look and, as a rule, the
+Cholesky factor that makes it a block of the basis (Note [Blocks] in :mod:`pss_param.blocks`), which is projected once
+more: what rounding has left of the basis in it, its normalisation has amplified. How much that may be follows from the
+lengths before and after the first projection, and as it is orthogonal to the block itself but for rounding, unit
+columns stay orthonormal to the square of it: below 3e-4 as they are, below 0.1 after another round. Beyond that little
+but rounding was left, and the block is orthonormalised by other means, projected, and orthonormalised once more. All
+blocks keep their columns contiguous: Note [Which kernel] in :mod:`pss_param.products`.
 
 References:
     Golub and Van Loan, "Matrix Computations", 10.3.6 (block Lanczos); Golub, Luk and Overton, ACM TOMS 7 (1981);
@@ -311,9 +312,7 @@ class Krylov:
 
     def _reach(self) -> None:
         """One pass: what ``W^T`` makes of the last block, without what the basis spans."""
-        rest = self.back(self._image)
-        for _ in range(2):
-            (rest.addmm_ if rest.dim() == 2 else rest.baddbmm_)(self.basis, self.basis.mT @ rest, alpha=-1)
+        rest = self._outside(self.back(self._image))
         self._rest, self._squares_of_rest, self.reached = rest, gram(rest), True
 
     def _joined(self, fresh: int, room: int) -> Tensor:
@@ -321,11 +320,11 @@ class Krylov:
         R, last = self._rest, self.next_columns
         if not fresh and room >= last:
             found = factor(self._squares_of_rest, self._rounding * self.core.last_squares())
-            if found.spoilt < _MENDED and found.fall > INDEPENDENT:
-                return found.columns(R)
+            apart = found.fall > INDEPENDENT
+            if found.spoilt < (_MENDED if apart or R.dtype != torch.float64 else 0.0):
+                return self._outside(found.columns(R) if apart else found.columns(R.double()).to(R.dtype))
             if found.spoilt < _MENDABLE and R.dtype != torch.float64:
-                mended = self._outside(found.columns(R.double()).to(R.dtype))
-                return mended if found.spoilt < _MENDED else orthonormal(mended)
+                return orthonormal(self._outside(found.columns(R.double()).to(R.dtype)))
         if room < last:  # the basis is full with less than R has columns; R's range has no more dimensions
             Q = torch.linalg.svd(R, full_matrices=False).U[..., :room]
         else:
@@ -334,12 +333,13 @@ class Krylov:
         outside = self._outside(Q)
         lost = torch.linalg.vector_norm(outside, dim=-2) < _SURVIVES
         if bool(lost.any()):  # what was left was rounding, and may lie anywhere: a new direction takes its place
-            random = self._gaussian(*Q.shape[-2:])
+            random = self._gaussian(*Q.shape[-2:]).clone()
             outside = self._outside(orthonormal(torch.where(lost[..., None, :], self._outside(random), outside)))
         return orthonormal(outside)  # twice is enough (Kahan)
 
     def _outside(self, block: Tensor) -> Tensor:
-        return block - self.basis @ (self.basis.mT @ block)
+        """The block, changed in place, without what the basis spans."""
+        return (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.basis, self.basis.mT @ block, alpha=-1)
 
     def _gaussian(self, rows: int, columns: int) -> Tensor:
         """One block shared by the batch, so that no result depends on what a matrix was batched with."""
@@ -371,6 +371,6 @@ def _drawn(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch
 
 
 _BLOCKS_AT_FIRST = 4
-_MENDED = 3e-4  # a unit column stays one, but for the rounding of float32, when so much is projected out of it
-_MENDABLE = 0.1  # and is independent, so that it is made one again in one round, when so much is
+_MENDED = 3e-4  # unit columns stay orthonormal, but for the rounding of float32, when so much is projected out of them
+_MENDABLE = 0.1  # and are made orthonormal again in one round when so much is
 _SURVIVES = 0.5  # of a unit column that is orthogonal but for rounding

@@ -4,11 +4,16 @@ r"""How many passes an iteration makes before it looks at what they brought.
 # Note [Passes without a look]
 A look at a core of 48 columns costs as much as two passes over 512 x 512 and half of one over 2048 x 2048, so it waits
 until it may succeed. Two passes over a matrix raise what is wanted over the value ``a`` that the block ends with by
-``e^g``, ``g = acosh(2 c^2 / a^2 - 1)`` for the edge ``c``, and the first block tells both, if roughly: ``x = 2
-log(1/tol) / g`` passes behind it lead to the tolerance. Where ``g`` is 2 or less the block is less ripe than that, and
-the further ones see more; half as many and three are nearer then. Of power laws from ``j^-0.4`` to ``j^-2`` and spiked
-bulks, 512 x 512 to 2048 x 2048, at 1e-2 to 1e-4, 82 of 96 first looks that this asks for are the first that can
-succeed or one pass away from it.
+``e^g``, ``g = acosh(2 c^2 / a^2 - 1)`` for the edge ``c``. The first block tells both, if roughly, and
+
+    x = 2 log(1 / tol) / g
+
+passes behind it lead to the tolerance. Where ``g`` is below 4 in a block of 16 columns or more, the values fall so
+slowly that the first block is no measure of the next ones: they start two passes behind, and gain twice as fast
+(``3.6 + 0.42 x``, fitted to ``j^-0.4`` to ``j^-0.6``). A block of 8 columns is one that a few values stand far above,
+so that the tolerance alone tells enough, but for those in the middle. Of 183 first looks (eight power laws and four
+spiked bulks of 512 x 512 to 2048 x 2048, at 1e-2 to 1e-4, two seeds) 99 were the first that could succeed, and 177
+within a pass of it.
 
 After a look that failed the bound falls at half of the rate per pass that the gap tells for two, and soon at twice
 that, as every block leaves more directions behind: where the gap asked for y pairs of passes it took 2 y single ones up
@@ -35,13 +40,13 @@ __all__ = ["after_first_look", "after_later_look", "before_first_look", "crowded
 _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
 
-_LEAST_UNSEEN, _MOST_UNSEEN = 2, 10
-_LONGEST_FIRST, _LONGEST_LEAP = 8, 4
-_TIGHT, _LOOSE = 3e-4, 3e-3
+_TIGHT, _LOOSE = 3e-4, 3e-3  # of a narrow block: 1/j and collapsed matrices need the same number of passes beyond these
 _SLACK = 0.1
 _RIPE = 4.0
 _UNRIPE, _FROM, _SHARE = 2.0, 3.6, 0.42
+_LEAST_UNSEEN, _MOST_UNSEEN = 2, 10  # one block more shows nothing but a matrix of low rank
 
+_LONGEST_FIRST, _LONGEST_LEAP = 8, 4
 _SLOW, _LOST = 0.75, 1.7
 _SPARE, _SPARE_OF_SMALL = 0.3, 0.8  # added before rounding down: below the size of 1024 a failed look costs the most
 _LOOKS_COST_LESS = 1024

@@ -42,33 +42,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pss_param.blocks import gram, orthonormal
-from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, judge, leak, stable_rank_of
+from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, by_count, judge, leak, rank_wanted
 from pss_param.core import Ritz
-from pss_param.eigen import largest, largest_and_trace
 from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix
 from pss_param.passes import (
-    after_first_look, after_later_look, before_first_look, crowded, first_look_of_narrow, growth,
-)  # fmt: skip
+    after_first_look,
+    after_later_look,
+    before_first_look,
+    crowded,
+    first_look_of_narrow,
+    growth,
+)
 from pss_param.products import FULL_WIDTH, on_gpu
+from pss_param.sketch import BLOCKS_THAT_PAY, first_block, narrowed, starts_left, tiles
 from pss_param.whole import WHOLE_BELOW_ON_GPU, dense_all
 
-_HALF_A_TILE = 8
-"""Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
-loose or the matrix small."""
-
-_SMALL = 1 << 18
-"""Elements of a matrix up to which a pass with twice the columns, and what follows it, takes twice the time."""
-
-_LOOSE = 5e-3
-
-# An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
-# the whole spectrum costs less than the small eigenvalue problems on the way. Up to 256 it does so wherever the edge
-# lies inside of a bulk, as in fresh and trained weights (measured with one thread at 256 x 256: 4.4 ms against 9 to 17
-# ms; S ~ j^-0.5: equal; a handful of values far above the rest: 4.1 ms against 2.1).
-_BLOCKS_THAT_PAY = 8
+# Up to here the whole spectrum costs less wherever the edge lies inside of a bulk, as in fresh and trained weights
+# (measured with one thread at 256 x 256: 4.4 ms against 9 to 17 ms; S ~ j^-0.5: equal; a handful of values far above
+# the rest: 4.1 ms against 2.1).
 _WHOLE_BELOW = 256
 
 # A basis wider than this share of the smaller side costs more than the whole spectrum would: its own small eigenvalue
@@ -128,8 +121,8 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     krylov = Krylov(W, norms, seed)
     if init is not None and init.shape[-1] > min(W.shape[-2:]):
         init = None  # wider than the matrix
-    left = _starts_left([request], init)
-    _start(krylov, left, *_first_block(krylov, [request], init))
+    left = starts_left([request], init)
+    _start(krylov, left, *first_block(krylov, [request], init))
     ritz, verdicts = _iterate(krylov, [request], None, cold=not left)
     verdict = verdicts[0]
     return _leading(krylov, ritz, 0, verdict if verdict is not None else _verdict(krylov, ritz, request))
@@ -138,7 +131,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
     least = min(W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if least <= (WHOLE_BELOW_ON_GPU if on_gpu(W) else _WHOLE_BELOW) or _BLOCKS_THAT_PAY * wanted >= least:
+    if least <= (WHOLE_BELOW_ON_GPU if on_gpu(W) else _WHOLE_BELOW) or BLOCKS_THAT_PAY * wanted >= least:
         return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
     if init is not None and init.shape[-1] * _WIDEST >= least:
         init = None  # wider than the iteration may become
@@ -147,12 +140,12 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
         krylov = Krylov(W[0], scale[0], seed)
     else:
         krylov = Krylov(W, scale, seed)
-    from_left = _starts_left(requests, init)
-    block, squares = _first_block(krylov, requests, init)
+    from_left = starts_left(requests, init)
+    block, squares = first_block(krylov, requests, init)
     if block.shape[-1] * _WIDE_START >= least and not from_left:
         return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
     if on_gpu(W) and len(requests) > 1 and init is None:
-        columns = _narrowed(krylov, block, requests, from_left)
+        columns = narrowed(krylov, block, requests, from_left)
         block, squares = block[..., :columns], None
     _start(krylov, from_left, block, squares)
     widest = least // _WIDEST
@@ -168,83 +161,20 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
 
 def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
     """As many Ritz vectors of the smaller side as the start had columns, or more if the filter wants them."""
-    k = _count(ritz.S[index][0], request)
+    k = rank_wanted(ritz.S[index][0], request)
     U, _, Vh = krylov.triplets(ritz, index, min(max(krylov.random_columns, width_for(k)), krylov.rank))
     return U if U.shape[0] < Vh.shape[1] else Vh.mT
-
-
-def _starts_left(requests: list[Request], init: Tensor | None) -> bool:
-    """Whether to start from left directions, which say more of what is unseen: of known ones, and behind a level."""
-    return init is not None or not _filterable(requests)
 
 
 def _start(krylov: Krylov, left: bool, block: Tensor, squares: Tensor | None) -> None:
     (krylov.start_left if left else krylov.start)(block, squares)
 
 
-def _first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already.
-
-    Args:
-        krylov: the iteration that is to start.
-        requests: what is wanted of each matrix.
-        init: right directions known from before.
-
-    Returns:
-        The block, and its Gram matrix where it was needed.
-    """
-    least = min(krylov.W.shape[-2:])
-    wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if init is not None:
-        known = init.shape[-1]
-        return krylov.left_sketch(min(_tiles(known + OVERSAMPLING), least) - known, init), None
-    sketch = krylov.left_sketch if _starts_left(requests, init) else krylov.right_sketch
-    if all(request.rank is not None for request in requests):
-        norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
-        return sketch(min(least, _HALF_A_TILE if norm_alone else _tiles(wanted))), None
-    small = math.prod(krylov.W.shape) <= _SMALL
-    block = sketch(min(least, _HALF_A_TILE if small else FULL_WIDTH))
-    while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
-        held, squares = block.shape[-1], gram(block)
-        wanted = _guess(squares) + OVERSAMPLING
-        deep = small or not _filterable(requests) or all(request.tol >= _LOOSE for request in requests)
-        best = _HALF_A_TILE if deep and wanted <= _HALF_A_TILE else _tiles(wanted)
-        columns = min(best, 2 * held, least // _BLOCKS_THAT_PAY)
-        if columns <= held:
-            held = min(held, best)
-            return block[..., :held], squares[..., :held, :held]
-        block = torch.cat([block, sketch(columns - held)], dim=-1)
-
-
-def _narrowed(krylov: Krylov, block: Tensor, requests: list[Request], left: bool) -> int:
-    """No more columns of a sketch than are needed, as two more passes tell: Note [Many matrices on a GPU]."""
-    first, second = (krylov.back, krylov.forth) if left else (krylov.forth, krylov.back)
-    tops = largest(gram(second(orthonormal(first(orthonormal(block)))))).sqrt().tolist()
-    ranks = [_count(top, request) for top, request in zip(tops, requests, strict=True)]
-    return min(block.shape[-1], _tiles(max(ranks) + OVERSAMPLING))
-
-
-def _tiles(columns: int) -> int:
-    """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``."""
-    return math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
-
-
-def _guess(squares: Tensor) -> int:
-    """A stable rank from the Gram matrix ``(..., b, b)`` of a sketch ``Z = W Omega``: the largest of the batch."""
-    # The Gram matrix of Z has the identity as its mean. A dominant direction, of a share p = 1 / SR of the energy, adds
-    # to its largest eigenvalue about b p, scattered like chi^2 of b; the others share what is left of the energy.
-    # So p is b - 1 parts of the largest one's share of the trace, and also what the mean of the others lacks to one.
-    # Their average is right within a factor of two up to a stable rank of b / 2, and low beyond b.
-    b = squares.shape[-1]
-    parts = min((b * top / trace + top - trace + b - 2) / 2 for top, trace in largest_and_trace(squares))
-    return math.floor((b - 1) / max(parts, 0.05))
-
-
 def _iterate(
     krylov: Krylov, requests: list[Request], widest: int | None, cold: bool
 ) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
-    by_count = _filterable(requests)
+    counted = by_count(requests)
     if cold:
         _advance_unseen(krylov, requests, widest)
     before, passes = math.inf, 0
@@ -256,15 +186,11 @@ def _iterate(
         if known or krylov.complete or (widest is not None and _too_wide(krylov, ritz, requests, widest)):
             return ritz, [verdict if verdict.enough else None for verdict in verdicts]
         fresh = max(0, missing - krylov.young_columns)
-        fresh = _tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
+        fresh = tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
         first = cold and passes == 0
-        if first:
-            grows = growth(ritz.S, [verdict.k for verdict in verdicts], krylov.random_columns)
-            leap = after_first_look(grows, worst, min(krylov.W.shape[-2:]))
-        else:
-            leap = after_later_look(worst, before, passes)
-        before, passes = worst, leap if by_count and missing <= 0 else max(2, leap // 2 * 2)
+        leap = _first_leap(krylov, ritz, verdicts, worst) if first else after_later_look(worst, before, passes)
+        before, passes = worst, leap if counted and missing <= 0 else max(2, leap // 2 * 2)
         for i in range(passes):
             if not krylov.reached:
                 krylov.advance()
@@ -293,27 +219,24 @@ def _advance_unseen(krylov: Krylov, requests: list[Request], widest: int | None)
         krylov.advance()
 
 
-def _filterable(requests: list[Request]) -> bool:
-    return all(request.level is None and not request.bulk for request in requests)
+def _first_leap(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], worst: float) -> int:
+    grows = growth(ritz.S, [verdict.k for verdict in verdicts], krylov.random_columns)
+    return after_first_look(grows, worst, min(krylov.W.shape[-2:]))
 
 
 def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) -> bool:
-    """Whether the Gram matrix costs less than the passes that the iteration needs: Note [Crowded edges]."""
+    """Whether the Gram matrix costs less than the passes that are needed: Note [Crowded edges] in ``passes``."""
     columns, least = krylov.random_columns, min(krylov.W.shape[-2:])
     if krylov.rank >= widest:
         return True
-    if krylov.rank < 2 * columns or not _filterable(requests):  # before, the last values are far too low
+    if krylov.rank < 2 * columns or not by_count(requests):  # before, the last values are far too low
         return False
     return crowded(_growth(ritz.S, requests, columns), columns, least)
 
 
 def _growth(values: list[list[float]], requests: list[Request], columns: int) -> float:
-    ranks = [_count(S[0], request) for S, request in zip(values, requests, strict=True)]
+    ranks = [rank_wanted(S[0], request) for S, request in zip(values, requests, strict=True)]
     return growth(values, ranks, columns)
-
-
-def _count(top: float, request: Request) -> int:
-    return math.floor(stable_rank_of(top)) if request.rank is None else request.rank
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The first block of an iteration: a sketch no wider than what is wanted asks for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pss_param.blocks import gram, orthonormal
+from pss_param.certificate import OVERSAMPLING, Request, by_count, rank_wanted
+from pss_param.eigen import largest, largest_and_trace
+from pss_param.krylov import Krylov
+from pss_param.products import FULL_WIDTH
+
+__all__ = ["BLOCKS_THAT_PAY", "first_block", "narrowed", "starts_left", "tiles"]
+
+BLOCKS_THAT_PAY = 8
+"""An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
+the whole spectrum costs less than the small eigenvalue problems on the way."""
+
+_HALF_A_TILE = 8
+"""Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
+loose or the matrix small."""
+
+_SMALL = 1 << 18
+"""Elements of a matrix up to which a pass with twice the columns, and what follows it, takes twice the time."""
+
+_LOOSE = 5e-3
+
+
+def starts_left(requests: list[Request], init: Tensor | None) -> bool:
+    """Whether to start from left directions, which say more of what is unseen: of known ones, and behind a level.
+
+    Args:
+        requests: what is wanted of each matrix.
+        init: right directions known from before.
+
+    Returns:
+        The answer.
+    """
+    return init is not None or not by_count(requests)
+
+
+def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already.
+
+    Args:
+        krylov: the iteration that is to start.
+        requests: what is wanted of each matrix.
+        init: right directions known from before.
+
+    Returns:
+        The block, and its Gram matrix where it was needed.
+    """
+    least = min(krylov.W.shape[-2:])
+    wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
+    if init is not None:
+        known = init.shape[-1]
+        return krylov.left_sketch(min(tiles(known + OVERSAMPLING), least) - known, init), None
+    sketch = krylov.left_sketch if starts_left(requests, init) else krylov.right_sketch
+    if all(request.rank is not None for request in requests):
+        norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
+        return sketch(min(least, _HALF_A_TILE if norm_alone else tiles(wanted))), None
+    small = math.prod(krylov.W.shape) <= _SMALL
+    block = sketch(min(least, _HALF_A_TILE if small else FULL_WIDTH))
+    while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
+        held, squares = block.shape[-1], gram(block)
+        wanted = _guess(squares) + OVERSAMPLING
+        deep = small or not by_count(requests) or all(request.tol >= _LOOSE for request in requests)
+        best = _HALF_A_TILE if deep and wanted <= _HALF_A_TILE else tiles(wanted)
+        columns = min(best, 2 * held, least // BLOCKS_THAT_PAY)
+        if columns <= held:
+            held = min(held, best)
+            return block[..., :held], squares[..., :held, :held]
+        block = torch.cat([block, sketch(columns - held)], dim=-1)
+
+
+def narrowed(krylov: Krylov, block: Tensor, requests: list[Request], left: bool) -> int:
+    """No more columns of a sketch than are needed, as two more passes tell: Note [Many matrices on a GPU].
+
+    Args:
+        krylov: the iteration that is to start.
+        block: the sketch.
+        requests: what is wanted of each matrix.
+        left: whether it is of left directions.
+
+    Returns:
+        How many columns of it to keep.
+    """
+    first, second = (krylov.back, krylov.forth) if left else (krylov.forth, krylov.back)
+    tops = largest(gram(second(orthonormal(first(orthonormal(block)))))).sqrt().tolist()
+    ranks = [rank_wanted(top, request) for top, request in zip(tops, requests, strict=True)]
+    return min(block.shape[-1], tiles(max(ranks) + OVERSAMPLING))
+
+
+def tiles(columns: int) -> int:
+    """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``.
+
+    Args:
+        columns: how many are needed.
+
+    Returns:
+        As many or more.
+    """
+    return math.ceil(columns / FULL_WIDTH) * FULL_WIDTH
+
+
+def _guess(squares: Tensor) -> int:
+    """A stable rank from the Gram matrix ``(..., b, b)`` of a sketch ``Z = W Omega``: the largest of the batch."""
+    # The Gram matrix of Z has the identity as its mean. A dominant direction, of a share p = 1 / SR of the energy, adds
+    # to its largest eigenvalue about b p, scattered like chi^2 of b; the others share what is left of the energy.
+    # So p is b - 1 parts of the largest one's share of the trace, and also what the mean of the others lacks to one.
+    # Their average is right within a factor of two up to a stable rank of b / 2, and low beyond b.
+    b = squares.shape[-1]
+    known = largest_and_trace(squares)  # nothing of a matrix of zeros
+    parts = min((b * top / (trace or 1.0) + top - trace + b - 2) / 2 for top, trace in known)
+    return math.floor((b - 1) / max(parts, 0.05))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first block: how wide, from what, and that what is shared stays as it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import pss_param as pss
+from pss_param.certificate import OVERSAMPLING, Request
+from pss_param.krylov import Krylov, _drawn
+from pss_param.sketch import _guess, first_block, starts_left, tiles
+from pss_param.spectrum import frobenius_norm
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_values(S, m=300, n=400):
+    left, right = (torch.linalg.qr(gaussian(rows, len(S), seed=rows)).Q for rows in (m, n))
+    return (left * S) @ right.T
+
+
+def guesses(S, columns, draws=200):
+    """What sketches of a matrix with these singular values say: its singular vectors do not matter."""
+    S = S / torch.linalg.vector_norm(S)
+    for seed in range(draws):
+        Z = S[:, None] * gaussian(len(S), columns, seed=seed)
+        yield _guess(Z.T @ Z)
+
+
+POWERS = {exponent: torch.arange(1.0, 257, dtype=torch.float64) ** -exponent for exponent in (0.5, 0.7, 1.0, 2.0)}
+
+
+@pytest.mark.parametrize("exponent", POWERS)
+def test_a_guess_is_right_within_a_factor_of_two(exponent):
+    S = POWERS[exponent]
+    true = float((S / S[0]).square().sum())
+    right = [true / 2 - 1 <= guess <= 2 * true + 1 for guess in guesses(S, 16)]
+    assert sum(right) >= 0.95 * len(right)
+
+
+def test_a_single_direction_is_told_by_eight_columns_almost_for_certain():
+    S = torch.cat([torch.tensor([40.0]), torch.full((255,), 1.0)]).double()
+    wide = [guess + OVERSAMPLING > 8 for guess in guesses(S, 8)]
+    assert sum(wide) <= 0.02 * len(wide)
+
+
+def test_the_largest_guess_of_a_batch_counts():
+    squares = [Z.T @ Z for Z in (gaussian(300, 16, seed=1) / 300**0.5, gaussian(300, 1) @ gaussian(1, 16, seed=2))]
+    assert _guess(torch.stack(squares)) == max(map(_guess, squares))
+
+
+def test_a_matrix_of_zeros_asks_for_no_wide_block():
+    assert _guess(torch.zeros(8, 8, dtype=torch.float64)) + OVERSAMPLING <= 16
+    assert int(pss.dominant_directions(torch.zeros(600, 700)).k) == 0
+
+
+@pytest.mark.parametrize(("exponent", "columns"), [(2.0, 8), (0.5, 16)])
+def test_the_first_block_is_as_wide_as_the_stable_rank_asks_for(exponent, columns):
+    W = with_values(POWERS[exponent]).float()
+    block, squares = first_block(Krylov(W, frobenius_norm(W[None])[0], 0), [Request()], None)
+    assert block.shape == (300, columns)  # of the smaller side
+    assert torch.allclose(squares, block.double().T @ block.double())
+
+
+def test_known_directions_go_first_and_random_ones_fill_a_tile():
+    W = with_values(POWERS[1.0]).float()
+    known = torch.linalg.qr(gaussian(400, 5)).Q.float()
+    block, squares = first_block(Krylov(W, frobenius_norm(W[None])[0], 0), [Request()], known)
+    assert block.shape[1] == tiles(5 + OVERSAMPLING) == 16
+    assert torch.equal(block[:, :5], known)
+    assert squares is None
+    assert starts_left([Request()], known)
+    assert not starts_left([Request()], None)
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_basis_that_is_exhausted_leaves_the_random_columns_that_all_share_as_they_were(rank):
+    W = with_values(torch.ones(rank, dtype=torch.float64)).float()
+    krylov = Krylov(W, frobenius_norm(W[None])[0], seed := 5)
+    shared = [_drawn(seed + i, rows, 16, W.dtype, W.device) for i in range(9) for rows in (300, 400)]
+    before = [block.clone() for block in shared]
+    krylov.start(krylov.right_sketch(16))
+    while not krylov.complete and len(krylov.core.widths) < 4:
+        krylov.advance()
+    assert math.isfinite(krylov.ritz().S[0][0])
+    assert all(map(torch.equal, shared, before))
