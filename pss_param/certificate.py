@@ -16,7 +16,9 @@ every ``j``,
 
 where the third term is what Ritz values below the edge may hide, each having a true value within its own residual,
 and of which the smallest over ``j`` is taken. The error of the edge obeys Weyl's bound ``||R[:k+1]||`` and the
-quadratic one ``||R[:j]||^2 / (S[k] - S[j] - |R[j]|)`` (Mathias 1998); the smaller counts. That no direction above the
+quadratic one ``||R[:j]||^2 / (S[k] - S[j] - |R[j]|)`` (Mathias 1998); the smaller counts. Where the edge is ``S[k]``
+and no level of its own, no term of the third exceeds that error: what is hidden are values of ``W`` without its first
+``k`` triplets, the largest of which lies above ``S[k]`` by no more. That no direction above the
 edge was missed altogether is certain only in probability: the start is Gaussian and wider than the wanted set (Note
 [Width of the block] in :mod:`pss_param.krylov`).
 
@@ -159,7 +161,8 @@ def _judge_count(seen: Spectrum, request: Request) -> Verdict:
         edge = 0.0
         error = _correction_error(seen, edge, len(seen.S)) if seen.complete else math.inf
         return Verdict(min(k, len(seen.S)) if seen.complete else k, edge, math.nan, error, seen.complete)
-    error = _correction_error(seen, seen.S[k], k) + math.sqrt(k) * value_error(seen, k) if k else 0.0
+    off = value_error(seen, k) if k else 0.0
+    error = _correction_error(seen, seen.S[k], k, off) + math.sqrt(k) * off if k else 0.0
     return Verdict(k, seen.S[k], math.nan, error, seen.complete or (decided and error <= request.tol))
 
 
@@ -244,11 +247,11 @@ def value_error(seen: Spectrum, index: int) -> float:
     return best
 
 
-def _correction_error(seen: Spectrum, level: float, k: int) -> float:
-    """The bound of Note [What the certificate says] without the edge's own error."""
+def _correction_error(seen: Spectrum, level: float, k: int, most: float = math.inf) -> float:
+    """The bound of Note [What the certificate says] without the edge's own error, ``most``."""
     highest = seen.ceilings[k:] if seen.ceilings is not None else map(operator.add, seen.S[k:], seen.residual[k:])
-    hidden = sum((most - level) ** 2 for most in highest if most > level)
-    return leak(seen, level, k) + math.sqrt(hidden) + seen.rounding
+    hidden = math.hypot(*(min(value - level, most) for value in highest if value > level))
+    return leak(seen, level, k) + hidden + seen.rounding
 
 
 def leak(seen: Spectrum, level: float, k: int) -> float:
