@@ -79,14 +79,14 @@ def factor(squares: Tensor, noise: Any = None) -> Factor:
     """
     L, info = torch.linalg.cholesky_ex(squares)
     back: Tensor = torch.linalg.solve_triangular(L, identity(L.shape[-1], L.device), upper=False)
-    heights, lengths = L.diagonal(dim1=-2, dim2=-1), squares.diagonal(dim1=-2, dim2=-1)
     if L.dim() == 2 and not L.is_cuda:
         if int(info):
             return Factor(back, 0.0, math.inf)
-        known = lengths.tolist()
-        fall = min(map(operator.truediv, heights.tolist(), map(math.sqrt, known)))
-        share = 0.0 if noise is None else max(map(operator.truediv, noise[0].tolist(), known))
+        heights, lengths = (each.numpy().diagonal().tolist() for each in (L, squares))
+        fall = min(map(operator.truediv, heights, map(math.sqrt, lengths)))
+        share = 0.0 if noise is None else max(map(operator.truediv, noise[0].tolist(), lengths))
         return Factor(back, fall, _spoilt(share, fall))
+    heights, lengths = L.diagonal(dim1=-2, dim2=-1), squares.diagonal(dim1=-2, dim2=-1)
     falls = torch.where(info == 0, (heights / lengths.sqrt()).amin(-1), 0.0)
     shares = torch.zeros_like(lengths) if noise is None else torch.as_tensor(noise, device=L.device) / lengths
     fall, share = torch.stack([falls.min(), shares.max()]).tolist()  # only what counts leaves the device

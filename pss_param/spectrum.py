@@ -355,5 +355,6 @@ def frobenius_norm(W: Tensor) -> Tensor:
 
 
 def _by_rows(W: Tensor) -> Tensor:
-    total: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=2).double(), dim=1)
+    rows = torch.linalg.vector_norm(W, dim=2)
+    total: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return total

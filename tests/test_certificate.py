@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -119,3 +120,41 @@ def test_a_partial_spectrum_gives_an_upper_bound_of_the_bulk_edge():
     assert levels == sorted(levels, reverse=True)
     assert all(level >= full * (1 - 1e-12) for level in levels)
     assert levels[-1] == pytest.approx(full)
+
+
+def rayleigh_ritz(W, V):
+    """Triplets on a right subspace, and the residuals of the left side, ``W V = U S`` being exact."""
+    U, S, rotation = torch.linalg.svd(W @ V, full_matrices=False)
+    V = V @ rotation.mT
+    return U, S, V, torch.linalg.vector_norm(W.mT @ U - V * S, dim=0)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("cluster", [0.0, 1e-3, 0.1])
+def test_the_formula_bounds_the_error_of_any_subspace_that_misses_nothing(noise, cluster):
+    """Values crowd on both sides of the edge, and the subspace is as far off as the noise; no iteration takes part."""
+    sizes = []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        S = torch.cat([torch.tensor([1.0, 0.9]).double(), 0.3 + cluster * draw(4).abs(), 0.1 * draw(30).abs()])
+        S = S.sort(descending=True).values / torch.linalg.vector_norm(S)
+        left, right = (torch.linalg.qr(draw(rows, len(S))).Q for rows in (40, 50))
+        W = (left * S) @ right.mT
+        start = right[:, :12] + noise * draw(50, 12) / 50**0.5
+        U, values, V, residual = rayleigh_ritz(W, torch.linalg.qr(start).Q)
+        seen = Spectrum(values.tolist(), residual.tolist(), (40, 50), complete=False, eps=1e-12)
+        k = 1 + seed % 6
+        verdict = judge(seen, Request(rank=k))
+        exact = (left[:, :k] * (S[:k] - S[k])) @ right[:, :k].mT
+        error = float(torch.linalg.matrix_norm((U[:, :k] * (values[:k] - values[k])) @ V[:, :k].mT - exact))
+        assert error <= verdict.error
+        sizes.append(verdict.error / max(error, 1e-12))
+    assert sorted(sizes)[len(sizes) // 2] < 100  # a bound, and no empty one
+
+
+def test_what_is_hidden_is_no_larger_than_what_the_edge_may_be_off():
+    S, residual = [0.9, 0.3, 0.1, 0.05], [1e-6, 1e-2, 1e-2, 1e-2]
+    verdict = judge(Spectrum(S, residual, (99, 99), complete=False, eps=1e-12), Request(rank=1))
+    off = (1e-6**2 + 1e-2**2) / (0.3 - 0.1 - 1e-2)  # the quadratic bound, to the next value outside
+    assert verdict.error == pytest.approx(1e-6 + 2 * off, rel=1e-6)
