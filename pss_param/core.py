@@ -320,13 +320,12 @@ class Core:
         if self.rank < self._n:  # what is left of the norm is known no better than the products
             slack = max(slack, 2 * self._eps)
         bound = self._have.at_least(1.0 + slack - squares.diagonal(0, -2, -1).sum(-1), slack)
-        j = min(_NEWEST_BLOCKS, len(widths) - 1)
-        if not j:
-            return bound
-        columns = sum(widths[-j:])
-        seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / self._n)
-        newest = self._have.largest(squares[:, -columns:, -columns:])
-        return self._have.at_most(bound, newest * max(1.0, 4 / seen))
+        for j in range(1, min(_NEWEST_BLOCKS, len(widths) - 1) + 1):
+            columns = sum(widths[-j:])
+            seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / self._n)
+            newest = self._have.largest(squares[:, -columns:, -columns:])
+            bound = self._have.at_most(bound, newest * max(1.0, 4 / seen))
+        return bound
 
 
 def _roots(squares: list[list[float]]) -> list[list[float]]:

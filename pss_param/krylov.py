@@ -36,10 +36,11 @@ blocks ``N_j`` of width ``b`` show
     ||W N_j||^2 >= ||E||^2 (2 + 2 cos(pi / (j + 1)) + 2 sqrt(b / n)) / 4
 
 of a bulk that reaches down to zero, which is the worst (the last term is the spread that ``b`` random directions find
-by themselves). Two of them are asked (three would say 12 % less, and cost more than that), or one where there are no
-more; the first block of the basis has nothing before it to deflate and stays out. This is the one place where the
-certificate rests on probability: it fails where a random block of 8 or more columns, multiplied by ``W`` twice or more,
-is blind to the top of what it was drawn from.
+by themselves). The newest is asked and the newest two (a third would say 12 % less, and cost more than that): two see
+deeper into a bulk, one has less of what stood above it and has been found by now. The first block of the basis has
+nothing before it to deflate and stays out. This is the one place where the certificate rests on probability: it fails
+where a random block of 8 or more columns, multiplied by ``W`` twice or more, is blind to the top of what it was drawn
+from.
 
 # Note [Width of the block]
 A Krylov space sees each repeated singular value at most as often as the start has random columns. So the number of
@@ -51,11 +52,13 @@ that was missed.
 # Note [Bases]
 What a pass back brings is projected out of the basis, and its Gram matrix serves both the look and, as a rule, the
 Cholesky factor that makes it a block of the basis (Note [Blocks] in :mod:`pss_param.blocks`), which is projected once
-more: what rounding has left of the basis in it, its normalisation has amplified. How much that may be follows from the
-lengths before and after the first projection, and as it is orthogonal to the block itself but for rounding, unit
-columns stay orthonormal to the square of it: below 3e-4 as they are, below 0.1 after another round. Beyond that little
-but rounding was left, and the block is orthonormalised by other means, projected, and orthonormalised once more. All
-blocks keep their columns contiguous: Note [Which kernel] in :mod:`pss_param.products`.
+more: what rounding has left of the basis in it, its normalisation has amplified. As that is orthogonal to the block
+itself but for rounding, unit columns stay orthonormal to the square of it. So a block of which less than the root of
+the rounding unit was taken is one of the basis as it is; where it was more, another round makes its columns orthonormal
+again. Where it may be much, little but rounding was left, and columns that differ may be alike once they are projected:
+then the block is orthonormalised by other means and projected, columns that are lost give way to random ones, and all
+of it goes on until nothing of the block lies in the basis. All blocks keep their columns contiguous: Note [Which
+kernel] in :mod:`pss_param.products`.
 
 References:
     Golub and Van Loan, "Matrix Computations", 10.3.6 (block Lanczos); Golub, Luk and Overton, ACM TOMS 7 (1981);
@@ -64,6 +67,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -312,7 +316,8 @@ class Krylov:
 
     def _reach(self) -> None:
         """One pass: what ``W^T`` makes of the last block, without what the basis spans."""
-        rest = self._outside(self.back(self._image))
+        rest = self.back(self._image)
+        (rest.addmm_ if rest.dim() == 2 else rest.baddbmm_)(self.basis, self.basis.mT @ rest, alpha=-1)
         self._rest, self._squares_of_rest, self.reached = rest, gram(rest), True
 
     def _joined(self, fresh: int, room: int) -> Tensor:
@@ -320,26 +325,43 @@ class Krylov:
         R, last = self._rest, self.next_columns
         if not fresh and room >= last:
             found = factor(self._squares_of_rest, self._rounding * self.core.last_squares())
-            apart = found.fall > INDEPENDENT
-            if found.spoilt < (_MENDED if apart or R.dtype != torch.float64 else 0.0):
-                return self._outside(found.columns(R) if apart else found.columns(R.double()).to(R.dtype))
-            if found.spoilt < _MENDABLE and R.dtype != torch.float64:
-                return orthonormal(self._outside(found.columns(R.double()).to(R.dtype)))
+            if found.spoilt < _MENDABLE:
+                apart = found.fall > INDEPENDENT
+                Q = found.columns(R) if apart else found.columns(R.double()).to(R.dtype)
+                taken = self._project(Q)
+                if taken < math.sqrt(torch.finfo(R.dtype).eps) and (apart or R.dtype != torch.float64):
+                    return Q
+                if taken < _MENDABLE:
+                    return orthonormal(Q)
         if room < last:  # the basis is full with less than R has columns; R's range has no more dimensions
-            Q = torch.linalg.svd(R, full_matrices=False).U[..., :room]
-        else:
-            random = self._gaussian(self._n, min(fresh, room - last))
-            Q = orthonormal(_beside(R, random) if random.shape[-1] else R)
-        outside = self._outside(Q)
-        lost = torch.linalg.vector_norm(outside, dim=-2) < _SURVIVES
-        if bool(lost.any()):  # what was left was rounding, and may lie anywhere: a new direction takes its place
-            random = self._gaussian(*Q.shape[-2:]).clone()
-            outside = self._outside(orthonormal(torch.where(lost[..., None, :], self._outside(random), outside)))
-        return orthonormal(outside)  # twice is enough (Kahan)
+            return self._apart(torch.linalg.svd(R, full_matrices=False).U[..., :room])
+        random = self._gaussian(self._n, min(fresh, room - last))
+        return self._apart(orthonormal(_beside(R, random) if random.shape[-1] else R))
 
-    def _outside(self, block: Tensor) -> Tensor:
-        """The block, changed in place, without what the basis spans."""
-        return (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.basis, self.basis.mT @ block, alpha=-1)
+    def _apart(self, Q: Tensor) -> Tensor:
+        """Orthonormal columns outside of the basis, of orthonormal ones that may be rounding and lie anywhere."""
+        for _ in range(_ROUNDS):
+            self._project(Q)
+            lost = torch.linalg.vector_norm(Q, dim=-2) < _SURVIVES
+            if bool(lost.any()):  # a new direction takes its place
+                random = self._gaussian(*Q.shape[-2:]).clone()
+                self._project(random)
+                Q = torch.where(lost[..., None, :], random, Q)
+            Q = orthonormal(Q)
+            # Columns that were alike after the projection have been replaced by ones that know nothing of it.
+            if self._share(Q) < _APART * torch.finfo(Q.dtype).eps:
+                break
+        return Q
+
+    def _share(self, block: Tensor) -> float:
+        """How much of a block lies in the basis, of a batch together."""
+        return float(torch.linalg.vector_norm(self.basis.mT @ block))
+
+    def _project(self, block: Tensor) -> float:
+        """Take out of a block, in place, what the basis spans; its norm, of a batch together."""
+        share = self.basis.mT @ block
+        (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.basis, share, alpha=-1)
+        return float(torch.linalg.vector_norm(share))
 
     def _gaussian(self, rows: int, columns: int) -> Tensor:
         """One block shared by the batch, so that no result depends on what a matrix was batched with."""
@@ -371,6 +393,7 @@ def _drawn(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch
 
 
 _BLOCKS_AT_FIRST = 4
-_MENDED = 3e-4  # unit columns stay orthonormal, but for the rounding of float32, when so much is projected out of them
-_MENDABLE = 0.1  # and are made orthonormal again in one round when so much is
+_MENDABLE = 0.1  # of unit columns may be projected out of them and leave them independent
+_APART = 100  # rounding units
+_ROUNDS = 4
 _SURVIVES = 0.5  # of a unit column that is orthogonal but for rounding

@@ -9,10 +9,10 @@ until it may succeed. Two passes over a matrix raise what is wanted over the val
     x = 2 log(1 / tol) / g
 
 passes behind it lead to the tolerance. Where ``g`` is below 4 in a block of 16 columns or more, the values fall so
-slowly that the first block is no measure of the next ones: they start two passes behind, and gain twice as fast
-(``3.6 + 0.42 x``, fitted to ``j^-0.4`` to ``j^-0.6``). A block of 8 columns is one that a few values stand far above,
-so that the tolerance alone tells enough, but for those in the middle. Of 183 first looks (eight power laws and four
-spiked bulks of 512 x 512 to 2048 x 2048, at 1e-2 to 1e-4, two seeds) 99 were the first that could succeed, and 177
+slowly that the first block is no measure of the next ones: they start a pass behind, and gain twice as fast
+(``2.4 + 0.55 x``, fitted to ``j^-0.4`` to ``j^-0.6``). A block of 8 columns is one that a few values stand far above,
+so that the tolerance alone tells enough, but for those in the middle. Of 186 first looks (eight power laws and four
+spiked bulks of 512 x 512 to 2048 x 2048, at 1e-2 to 1e-4, two seeds) 108 were the first that could succeed, and 174
 within a pass of it.
 
 After a look that failed the bound falls at half of the rate per pass that the gap tells for two, and soon at twice
@@ -43,7 +43,7 @@ _PASS_OVER_GRAM = 2.5
 _TIGHT, _LOOSE = 3e-4, 3e-3  # of a narrow block: 1/j and collapsed matrices need the same number of passes beyond these
 _SLACK = 0.1
 _RIPE = 4.0
-_UNRIPE, _FROM, _SHARE = 2.0, 3.6, 0.42
+_UNRIPE, _FROM, _SHARE = 1.0, 2.4, 0.55
 _LEAST_UNSEEN, _MOST_UNSEEN = 2, 10  # one block more shows nothing but a matrix of low rank
 
 _LONGEST_FIRST, _LONGEST_LEAP = 8, 4

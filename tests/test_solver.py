@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from spectra import gaussian, power, with_spectrum
@@ -163,3 +165,28 @@ def test_all_directions_of_a_square_matrix_are_orthonormal_on_a_gpu():
     found = dominant_directions(W, rank=100)
     torch.testing.assert_close(found.U.mT @ found.U, torch.eye(100), rtol=0, atol=1e-4)
     torch.testing.assert_close((found.U * found.S) @ found.Vh, W, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [92, 334, 583, 900, 975, 1331, 1378, 1409, 1545, 1850])
+def test_a_handful_of_entries_are_a_matrix_of_low_rank(seed):
+    """Behind its rank a basis is continued by rounding, most of which lies in what it spans already."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.zeros(285, 281)
+    W.view(-1)[torch.randperm(W.numel(), generator=generator)[:7]] = torch.randn(7, generator=generator)
+    S = torch.linalg.svdvals(W.double())
+    found = dominant_directions(W)
+    assert int(found.k) == math.floor(float((S / S[0]).square().sum()) * (1 + 1e-4))
+    assert float(found.spectral_norm) == pytest.approx(float(S[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.float64, 1e-11)], ids=str)
+@pytest.mark.parametrize("exponent", [0.5, 2.0, 6.0])
+def test_bases_stay_orthonormal_while_columns_converge(exponent, dtype, most):
+    S = torch.arange(1, 301, dtype=torch.float64) ** -exponent
+    W = ((torch.linalg.qr(gaussian(400, 300)).Q * S) @ torch.linalg.qr(gaussian(300, 300, 1)).Q).to(dtype)
+    krylov = Krylov(W, torch.linalg.matrix_norm(W), 0)
+    krylov.start(krylov.right_sketch(8))
+    for _ in range(16):
+        krylov.advance()
+    basis = krylov.basis.double()
+    assert float((basis.mT @ basis - torch.eye(basis.shape[1], dtype=torch.float64)).abs().max()) < most
