@@ -16,8 +16,9 @@ spiked bulks of 512 x 512 to 2048 x 2048, at 1e-2 to 1e-4, two seeds) 108 were t
 within a pass of it.
 
 After a look that failed the bound falls at half of the rate per pass that the gap tells for two, and soon at twice
-that, as every block leaves more directions behind: where the gap asked for y pairs of passes it took 2 y single ones up
-to 4 of them, then y + 2. Later on the last fall of the bound itself tells more.
+that, as every block leaves more directions behind: where the gap asked for y pairs of passes behind two blocks it took
+2 y single ones up to 4 of them, then y + 2, and behind more blocks y. Later on the last fall of the bound itself tells
+more.
 
 Behind a level there may be a bulk that reaches up to it, and no gap. What the bulk may hide is told far better while
 both sides hold equally many blocks, so looks at it start with the first block and are a multiple of two passes apart.
@@ -47,6 +48,7 @@ _UNRIPE, _FROM, _SHARE = 1.0, 2.4, 0.55
 _LEAST_UNSEEN, _MOST_UNSEEN = 2, 10  # one block more shows nothing but a matrix of low rank
 
 _LONGEST_FIRST, _LONGEST_LEAP = 8, 4
+_YOUNG = 2  # blocks
 _SLOW, _LOST = 0.75, 1.7
 _SPARE, _SPARE_OF_SMALL = 0.3, 0.8  # added before rounding down: below the size of 1024 a failed look costs the most
 _LOOKS_COST_LESS = 1024
@@ -122,18 +124,19 @@ def before_first_look(grows: float, tol: float, columns: int) -> int:
         (2, 3, 7)
     """
     asked = 2 * math.log(1 / tol) / grows
-    if grows < _RIPE and columns >= FULL_WIDTH:
-        asked = min(asked + _UNRIPE, _FROM + _SHARE * asked)
-    return max(_LEAST_UNSEEN, min(_MOST_UNSEEN, math.ceil(asked - _SLACK)))
+    unripe = grows < _RIPE and columns >= FULL_WIDTH
+    asked = min(asked + _UNRIPE, _FROM + _SHARE * asked) if unripe else asked - _SLACK
+    return max(_LEAST_UNSEEN, min(_MOST_UNSEEN, math.ceil(asked)))
 
 
-def after_first_look(grows: float, worst: float, least: int) -> int:
+def after_first_look(grows: float, worst: float, least: int, blocks: int) -> int:
     """Passes behind the first look.
 
     Args:
         grows: what :func:`growth` tells.
         worst: the bound over the tolerance.
         least: smaller side of the matrices.
+        blocks: how many the basis has.
 
     Returns:
         At least one.
@@ -141,6 +144,8 @@ def after_first_look(grows: float, worst: float, least: int) -> int:
     if not 1 < worst < math.inf:
         return 1
     asked = math.log(worst) / grows
+    if blocks > _YOUNG:
+        return min(_LONGEST_FIRST, math.ceil(asked))
     spare = _SPARE_OF_SMALL if least < _LOOKS_COST_LESS else _SPARE
     return max(1, min(_LONGEST_FIRST, math.floor(asked + min(_SLOW * asked, _LOST) + spare)))
 

@@ -221,7 +221,7 @@ def _advance_unseen(krylov: Krylov, requests: list[Request], widest: int | None)
 
 def _first_leap(krylov: Krylov, ritz: Ritz, verdicts: list[Verdict], worst: float) -> int:
     grows = growth(ritz.S, [verdict.k for verdict in verdicts], krylov.random_columns)
-    return after_first_look(grows, worst, min(krylov.W.shape[-2:]))
+    return after_first_look(grows, worst, min(krylov.W.shape[-2:]), len(krylov.core.widths))
 
 
 def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) -> bool:
