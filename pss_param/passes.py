@@ -36,7 +36,14 @@ from collections.abc import Sequence
 
 from pss_param.products import FULL_WIDTH
 
-__all__ = ["after_first_look", "after_later_look", "before_first_look", "crowded", "growth"]
+__all__ = [
+    "after_first_look",
+    "after_later_look",
+    "before_first_look",
+    "crowded",
+    "first_look_of_narrow",
+    "growth",
+]
 
 _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
