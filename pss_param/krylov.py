@@ -349,19 +349,15 @@ class Krylov:
                 Q = torch.where(lost[..., None, :], random, Q)
             Q = orthonormal(Q)
             # Columns that were alike after the projection have been replaced by ones that know nothing of it.
-            if self._share(Q) < _APART * torch.finfo(Q.dtype).eps:
+            if float((self.basis.mT @ Q).abs().max()) < _APART * torch.finfo(Q.dtype).eps:
                 break
         return Q
 
-    def _share(self, block: Tensor) -> float:
-        """How much of a block lies in the basis, of a batch together."""
-        return float(torch.linalg.vector_norm(self.basis.mT @ block))
-
     def _project(self, block: Tensor) -> float:
-        """Take out of a block, in place, what the basis spans; its norm, of a batch together."""
+        """Take out of a block, in place, what the basis spans; the most that any column lost."""
         share = self.basis.mT @ block
         (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.basis, share, alpha=-1)
-        return float(torch.linalg.vector_norm(share))
+        return float(torch.linalg.vector_norm(share, dim=-2).max())
 
     def _gaussian(self, rows: int, columns: int) -> Tensor:
         """One block shared by the batch, so that no result depends on what a matrix was batched with."""
