@@ -74,8 +74,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pss_param.arithmetic import DEVICE, HOST
 from pss_param.blocks import INDEPENDENT, factor, gram, orthonormal
-from pss_param.core import DEVICE, HOST, Coordinates, Core, Ritz
+from pss_param.core import Coordinates, Core, Ritz
 from pss_param.products import on_gpu, times, times_t
 
 
@@ -317,7 +318,7 @@ class Krylov:
     def _reach(self) -> None:
         """One pass: what ``W^T`` makes of the last block, without what the basis spans."""
         rest = self.back(self._image)
-        (rest.addmm_ if rest.dim() == 2 else rest.baddbmm_)(self.basis, self.basis.mT @ rest, alpha=-1)
+        self._project(rest)
         self._rest, self._squares_of_rest, self.reached = rest, gram(rest), True
 
     def _joined(self, fresh: int, room: int) -> Tensor:
@@ -328,7 +329,7 @@ class Krylov:
             if found.spoilt < _MENDABLE:
                 apart = found.fall > INDEPENDENT
                 Q = found.columns(R) if apart else found.columns(R.double()).to(R.dtype)
-                taken = self._project(Q)
+                taken = float(torch.linalg.vector_norm(self._project(Q), dim=-2).max())  # of any column
                 if taken < math.sqrt(torch.finfo(R.dtype).eps) and (apart or R.dtype != torch.float64):
                     return Q
                 if taken < _MENDABLE:
@@ -353,11 +354,11 @@ class Krylov:
                 break
         return Q
 
-    def _project(self, block: Tensor) -> float:
-        """Take out of a block, in place, what the basis spans; the most that any column lost."""
+    def _project(self, block: Tensor) -> Tensor:
+        """Take out of a block, in place, what the basis spans; the coordinates ``(..., f, b)`` of what was taken."""
         share = self.basis.mT @ block
         (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.basis, share, alpha=-1)
-        return float(torch.linalg.vector_norm(share, dim=-2).max())
+        return share
 
     def _gaussian(self, rows: int, columns: int) -> Tensor:
         """One block shared by the batch, so that no result depends on what a matrix was batched with."""

@@ -49,7 +49,7 @@ _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
 
 _TIGHT, _LOOSE = 3e-4, 3e-3  # of a narrow block: 1/j and collapsed matrices need the same number of passes beyond these
-_SLACK = 0.1
+_SLACK = 0.1  # of a pass: a failed look costs less than a pass too many
 _RIPE = 4.0
 _UNRIPE, _FROM, _SHARE = 1.0, 2.4, 0.55
 _LEAST_UNSEEN, _MOST_UNSEEN = 2, 10  # one block more shows nothing but a matrix of low rank
@@ -115,21 +115,24 @@ def first_look_of_narrow(tol: float) -> int | None:
     return 2 if tol > _LOOSE else 3 if tol < _TIGHT else None
 
 
-def before_first_look(grows: float, tol: float, columns: int) -> int:
+def before_first_look(grows: float, tol: float, columns: int, least: int) -> int:
     """Passes behind the first block.
 
     Args:
         grows: what :func:`growth` told of the first block.
         tol: what has to be reached.
         columns: of the block.
+        least: smaller side of the matrices.
 
     Returns:
-        At least two.
+        At least two, and no more where the Gram matrix is likely to take over.
 
     Example:
-        >>> before_first_look(8.6, 1e-2, 8), before_first_look(8.6, 1e-4, 8), before_first_look(2.1, 1e-3, 16)
-        (2, 3, 7)
+        >>> before_first_look(8.6, 1e-2, 8, 512), before_first_look(2.1, 1e-3, 16, 512)
+        (2, 7)
     """
+    if crowded(grows, columns, least):
+        return _LEAST_UNSEEN
     asked = 2 * math.log(1 / tol) / grows
     unripe = grows < _RIPE and columns >= FULL_WIDTH
     asked = min(asked + _UNRIPE, _FROM + _SHARE * asked) if unripe else asked - _SLACK

@@ -211,7 +211,7 @@ def _advance_unseen(krylov: Krylov, requests: list[Request], widest: int | None)
     passes = first_look_of_narrow(tol) if columns < FULL_WIDTH else None
     if passes is None:
         grows = _growth(krylov.core.values(), requests, columns)
-        passes = 2 if crowded(grows, columns, min(krylov.W.shape[-2:])) else before_first_look(grows, tol, columns)
+        passes = before_first_look(grows, tol, columns, min(krylov.W.shape[-2:]))
     for _ in range(passes):
         wider = krylov.rank + columns if krylov.reached else krylov.rank
         if krylov.complete or (widest is not None and wider > widest):

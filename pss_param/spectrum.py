@@ -222,13 +222,16 @@ def _gathered(
     found: list[Found], sizes: list[float], requests: list[Request], batch: torch.Size, like: Tensor
 ) -> DominantDirections:
     """Results of single matrices as one batch in the units of ``W``, padded with zeros to the largest ``k``."""
-    tops = [(one.top, stable_rank_of(one.top), 1 / (one.top or 1.0)) for one in found]
     lines = [
-        (one.verdict.edge * size, stable_rank, top * size, one.verdict.bulk_edge * size, one.verdict.error)
-        for one, size, (top, stable_rank, _) in zip(found, sizes, tops, strict=True)
-    ]
+        (
+            one.verdict.edge * size, stable_rank_of(one.top), one.top * size, one.verdict.bulk_edge * size,
+            one.verdict.error,
+        )
+        for one, size in zip(found, sizes, strict=True)
+    ]  # fmt: skip
     table = torch.tensor(lines if batch else lines[0], dtype=like.dtype, device=like.device).reshape(*batch, 5)
     edge, stable, top, bulk_edge, error = table.unbind(-1)
+    inverse_tops = [1 / (one.top or 1.0) for one in found]
     met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
     return DominantDirections(
         U=_padded(found, "U", batch, like),
@@ -239,7 +242,7 @@ def _gathered(
         stable_rank=stable,
         spectral_norm=top,
         bulk_edge=bulk_edge,
-        residual=_padded(found, "residual", batch, like) * _factors([one[2] for one in tops], batch, like),
+        residual=_padded(found, "residual", batch, like) * _factors(inverse_tops, batch, like),
         error=error,
         converged=torch.tensor(met, dtype=torch.bool, device=like.device).reshape(batch),
     )

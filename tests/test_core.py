@@ -7,7 +7,8 @@ import pytest
 import torch
 from spectra import power, with_spectrum
 
-from pss_param.core import DEVICE, HOST, Arithmetic, Core
+from pss_param.arithmetic import DEVICE, HOST, Arithmetic
+from pss_param.core import Core
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -11,15 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pss_param as pss
+from pss_param import passes
 from pss_param.krylov import Krylov
-from pss_param.passes import (
-    after_first_look,
-    after_later_look,
-    before_first_look,
-    crowded,
-    first_look_of_narrow,
-    growth,
-)
 
 grows = st.floats(1e-3, 50.0)
 tolerances = st.floats(1e-6, 0.5)
@@ -30,54 +23,58 @@ def test_growth_is_what_two_passes_make_of_a_gap(edge, last):
     """A Chebyshev polynomial of degree two passes, bounded by one up to ``last``: ``cosh(acosh(...))`` at the edge."""
     values = sorted([1.0, edge, min(edge, last)], reverse=True)
     ratio = values[1] / values[2]
-    assert math.cosh(growth([values], [1], 3)) == pytest.approx(max(2 * ratio**2 - 1, 1.0), rel=1e-5)
+    assert math.cosh(passes.growth([values], [1], 3)) == pytest.approx(max(2 * ratio**2 - 1, 1.0), rel=1e-5)
 
 
 def test_the_least_growth_of_a_batch_counts_and_columns_beyond_a_block_do_not():
     steep, flat = [1.0, 0.5, 0.01, 0.001], [1.0, 0.5, 0.45, 0.001]
-    assert growth([steep, flat], [1, 1], 3) == growth([flat], [1], 3)
-    assert growth([steep], [1], 4) > growth([steep], [1], 3)
+    assert passes.growth([steep, flat], [1, 1], 3) == passes.growth([flat], [1], 3)
+    assert passes.growth([steep], [1], 4) > passes.growth([steep], [1], 3)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0]])
 def test_growth_of_values_of_nothing_is_finite(values):
-    assert 0 < growth([values], [5], 8) < math.inf
+    assert 0 < passes.growth([values], [5], 8) < math.inf
 
 
 @given(grows, tolerances, st.sampled_from([8, 16, 32]))
 def test_more_passes_for_less_growth_and_less_tolerance(g, tol, columns):
-    passes = before_first_look(g, tol, columns)
-    assert 2 <= passes <= 10
-    assert before_first_look(g, tol / 2, columns) >= passes
+    many = passes.before_first_look(g, tol, columns, 10**9)
+    assert 2 <= many <= 10
+    assert passes.before_first_look(g, tol / 2, columns, 10**9) >= many
     if not g < 4 < 1.1 * g:
-        assert before_first_look(1.1 * g, tol, columns) <= passes
+        assert passes.before_first_look(1.1 * g, tol, columns, 10**9) <= many
+
+
+def test_a_crowded_edge_is_looked_at_early():
+    assert passes.before_first_look(0.3, 1e-4, 16, 1024) == 2 < passes.before_first_look(0.3, 1e-4, 16, 10**5)
 
 
 def test_a_narrow_block_asks_its_values_only_where_they_decide():
-    assert first_look_of_narrow(1e-2) == 2
-    assert first_look_of_narrow(1e-3) is None
-    assert first_look_of_narrow(1e-5) == 3
+    assert passes.first_look_of_narrow(1e-2) == 2
+    assert passes.first_look_of_narrow(1e-3) is None
+    assert passes.first_look_of_narrow(1e-5) == 3
 
 
 @given(grows, st.floats(0.0, 1e9), st.sampled_from([300, 5000]), st.integers(2, 6))
 def test_a_leap_is_one_pass_at_least_and_never_long(g, worst, least, blocks):
-    assert 1 <= after_first_look(g, worst, least, blocks) <= 8
-    assert 1 <= after_later_look(worst, 2 * worst, 3) <= 4
+    assert 1 <= passes.after_first_look(g, worst, least, blocks) <= 8
+    assert 1 <= passes.after_later_look(worst, 2 * worst, 3) <= 4
 
 
 def test_nothing_is_learned_from_a_bound_that_did_not_fall():
-    assert after_later_look(5.0, 4.0, 3) == after_later_look(5.0, math.inf, 3) == 1
-    assert after_first_look(5.0, math.inf, 9, 2) == 1
+    assert passes.after_later_look(5.0, 4.0, 3) == passes.after_later_look(5.0, math.inf, 3) == 1
+    assert passes.after_first_look(5.0, math.inf, 9, 2) == 1
 
 
 def test_a_leap_goes_on_at_the_rate_seen():
-    assert after_later_look(math.e**4, math.e**8, 2) == 1
-    assert after_later_look(math.e**4, math.e**6, 2) == 2
+    assert passes.after_later_look(math.e**4, math.e**8, 2) == 1
+    assert passes.after_later_look(math.e**4, math.e**6, 2) == 2
 
 
 @pytest.mark.parametrize(("grows", "answer"), [(0.3, True), (4.0, False)])
 def test_crowded_edges_are_told_from_their_growth(grows, answer):
-    assert crowded(grows, 16, 1024) is answer
+    assert passes.crowded(grows, 16, 1024) is answer
 
 
 @pytest.mark.parametrize("exponent", [0.5, 0.7, 1.0, 1.5])

@@ -78,14 +78,15 @@ def test_known_directions_go_first_and_random_ones_fill_a_tile():
     assert not starts_left([Request()], None)
 
 
-@pytest.mark.parametrize("rank", [3, 20])
-def test_a_basis_that_is_exhausted_leaves_the_random_columns_that_all_share_as_they_were(rank):
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_basis_that_is_exhausted_leaves_the_random_columns_that_all_share_as_they_were(rank, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pss_param.krylov._drawn", lambda *key: drawn.append((key, _drawn(*key))) or drawn[-1][1])
     W = with_values(torch.ones(rank, dtype=torch.float64)).float()
-    krylov = Krylov(W, frobenius_norm(W[None])[0], seed := 5)
-    shared = [_drawn(seed + i, rows, 16, W.dtype, W.device) for i in range(9) for rows in (300, 400)]
-    before = [block.clone() for block in shared]
+    krylov = Krylov(W, frobenius_norm(W[None])[0], seed=5)
     krylov.start(krylov.right_sketch(16))
-    while not krylov.complete and len(krylov.core.widths) < 4:
+    while len(krylov.core.widths) < 4:
         krylov.advance()
     assert math.isfinite(krylov.ritz().S[0][0])
-    assert all(map(torch.equal, shared, before))
+    assert sum(shared.numel() > 0 for _, shared in drawn) > 1  # lost directions gave way to random ones
+    assert all(torch.equal(shared, _drawn.__wrapped__(*key)) for key, shared in drawn)
