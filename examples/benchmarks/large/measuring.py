@@ -140,7 +140,9 @@ def rescues(task: Task, found: dict[str, object], ways: list[str], seed: int, sa
     try:
         death = Death(task, kind, seed, folder)
         if not known:  # a GPU kills a little differently each time; what is told is the first death
-            found |= {"dead": death.dead, "final": death.final, "held_out": death.held_out, "repair": death.repair()}
+            found |= {"dead": death.dead, "final": death.final, "held_out": death.held_out}
+        if not known or any(WAYS[name].start == "repaired" for name in missing):  # and the newest repair
+            found["repair"] = death.repair()
         for name in missing:
             known[name] = death.go_on(WAYS[name])
             save()
