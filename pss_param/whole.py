@@ -12,12 +12,13 @@ that. On a CPU float64 costs twice the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pss_param.certificate import Request, Spectrum, judge
+from pss_param.counts import leading
 from pss_param.filtered import WIDEST, dominant_by_filter
 from pss_param.found import Found
 from pss_param.levels import above_levels
@@ -68,7 +69,7 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
 def dense_all(
     W: Tensor, scale: Tensor, requests: list[Request], seed: int, starts: Mapping[int, Tensor | None]
 ) -> list[Found]:
-    """The same of some matrices of a batch; what lies above levels, on a GPU, together: :mod:`pss_param.levels`.
+    """The same of some matrices of a batch; small ones on a GPU together: :func:`dense_together`.
 
     Args:
         W: ``(B, m, n)``.
@@ -80,9 +81,38 @@ def dense_all(
     Returns:
         One result for each of ``starts``.
     """
-    small = on_gpu(W) and min(W.shape[1:]) <= WHOLE_BELOW_ON_GPU
-    found = above_levels(W, scale, requests, list(starts), seed) if small else {}
+    found = dense_together([W], scale, requests, [*starts], seed) if is_small_on_gpu(W) else {}
     return [found[i] if i in found else dense(W[i], scale[i], requests[i], seed, start) for i, start in starts.items()]
+
+
+def is_small_on_gpu(W: Tensor) -> bool:
+    """Whether the Gram matrices serve from the start.
+
+    Args:
+        W: ``(..., m, n)``.
+
+    Returns:
+        The answer of Note [Many matrices on a GPU] in :mod:`pss_param.solver`.
+    """
+    return on_gpu(W) and min(W.shape[-2:]) <= WHOLE_BELOW_ON_GPU
+
+
+def dense_together(
+    groups: Sequence[Tensor], scale: Tensor, requests: list[Request], which: list[int], seed: int
+) -> dict[int, Found]:
+    """What blocks find of many matrices at once: :mod:`pss_param.levels` and :mod:`pss_param.counts`.
+
+    Args:
+        groups: matrices of one smaller side, by shape: ``(B_i, m_i, n_i)``.
+        scale: ``||W||_F`` of all of them in turn, not zero.
+        requests: what is wanted of each.
+        which: the places to look at, ascending.
+        seed: of random columns.
+
+    Returns:
+        By place; what is not here is left to :func:`dense`.
+    """
+    return above_levels(groups, scale, requests, which, seed) | leading(groups, scale, requests, which, seed)
 
 
 def _by_filter(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block Jacobi method and the bound by powers against ``torch.linalg``."""
+"""Many small eigenproblems and the bound by powers against ``torch.linalg``."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,22 +27,44 @@ def matrices(kind: str, f: int) -> torch.Tensor:
     return (A + A.mT) / 2
 
 
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eigen, "on_gpu", lambda A: True)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("f", [5, 33, 64, 100, 160])
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_jacobi_agrees_with_torch(kind: str, f: int) -> None:
-    A = matrices(kind, f)
-    found = eigen.block_jacobi(A)
-    assert found is not None
-    values, V = found
+def test_threads_of_the_host_give_what_torch_gives(kind: str, f: int) -> None:
+    A = matrices(kind, f)[:, None]
+    values, V = eigen.eigh(A)
     size = float(torch.linalg.matrix_norm(A).max())
-    torch.testing.assert_close(values, torch.linalg.eigvalsh(A), rtol=0, atol=1e-12 * size)
-    torch.testing.assert_close(A @ V, V * values[:, None], rtol=0, atol=3e-12 * size)
-    torch.testing.assert_close(V.mT @ V, torch.eye(f).double().expand(3, f, f), rtol=0, atol=1e-12)
+    assert values.shape == (3, 1, f)
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(A), rtol=0, atol=1e-14 * size)
+    torch.testing.assert_close(eigen.eigvalsh(A), values, rtol=0, atol=1e-13 * size)
+    torch.testing.assert_close(A @ V, V * values[..., None, :], rtol=0, atol=1e-13 * size)
 
 
-def test_rounds_that_do_not_come_to_rest_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eigen, "_SWEEPS", 1)
-    assert eigen.block_jacobi(matrices("random", 100)) is None
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_what_the_host_solves_depends_on_nothing_else_in_the_batch() -> None:
+    A = matrices("random", 90)
+    alone = eigen.eigh(A[1:2])
+    assert all(torch.equal(one[0], all_[1]) for one, all_ in zip(alone, eigen.eigh(A), strict=True))
+
+
+def test_the_threads_of_others_are_as_many_as_before() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        eigen._threads.cache_clear()
+        pool = eigen._threads()
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(12))) == {1}
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as new:
+            assert new.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+        eigen._threads.cache_clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,13 +73,3 @@ def test_the_bound_by_powers_is_above_the_largest_value_and_close(kind: str) -> 
     bound, largest = eigen.bound_by_powers(A), torch.linalg.eigvalsh(A)[:, -1]
     assert (bound >= largest * (1 - 1e-12)).all()
     assert (bound <= largest * 1.01 + 1e-300).all()
-
-
-@pytest.mark.parametrize("many", [False, True])
-def test_both_ways_give_the_same(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eigen, "_in_rounds", lambda A: many)
-    A = matrices("falling", 48)
-    values, V = eigen.eigh(A)
-    torch.testing.assert_close(values, torch.linalg.eigh(A).eigenvalues, rtol=0, atol=1e-12)
-    torch.testing.assert_close(eigen.eigvalsh(A), values, rtol=0, atol=1e-12)
-    torch.testing.assert_close((V * values[:, None]) @ V.mT, A, rtol=0, atol=1e-11)

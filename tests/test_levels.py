@@ -7,9 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from batches import without_the_third
 from spectra import gaussian, power, with_spectrum
 
-from pss_param import levels
+from pss_param import batch_filter, levels
 from pss_param.below import tops_of
 from pss_param.certificate import Request
 from pss_param.found import Found
@@ -54,7 +55,7 @@ def test_whatever_is_found_is_within_the_tolerance(
 ) -> None:
     W, values = batch(*shape).to(dtype), exact(*shape)[1]
     norms, requests = asked(W, over, tol)
-    found = levels.above_levels(W, norms, requests, [0, 1, 2, 3], seed=0)
+    found = levels.above_levels([W], norms, requests, [0, 1, 2, 3], seed=0)
     for i, one in found.items():
         assert error_of(shape, i, one, requests[i].level) <= one.verdict.error <= tol
         assert one.verdict.k == one.S.numel() <= int((values[i] > requests[i].level * (1 - 1e-6)).sum())
@@ -70,24 +71,15 @@ def test_whatever_is_found_is_within_the_tolerance(
 def test_what_is_too_much_for_a_block_is_left_to_the_whole_spectrum() -> None:
     W = gaussian(240, 240)[None]
     norms, requests = asked(W, 0.3, TOL)
-    assert levels.above_levels(W, norms, requests, [0], seed=0) == {}
+    assert levels.above_levels([W], norms, requests, [0], seed=0) == {}
 
 
 def test_a_block_that_missed_something_has_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     W = with_spectrum(220, 220, power(220, 0.5))[None]
     norms, requests = asked(W, 0.4, 1e-3)
-    assert levels.above_levels(W, norms, requests, [0], seed=0)[0].verdict.k == 6
-    ritz = levels._ritz
-
-    def blind(G: torch.Tensor, rows: torch.Tensor) -> levels._Ritz:
-        """Without the third direction."""
-        found = ritz(G, rows)
-        keep = [i for i in range(rows.shape[1]) if i != 2]
-        columns = ([[column[0][i] for i in keep]] for column in (found.values, found.lengths))
-        return levels._Ritz(found.rows[:, keep], *columns)
-
-    monkeypatch.setattr(levels, "_ritz", blind)
-    assert levels.above_levels(W, norms, requests, [0], seed=0) == {}
+    assert levels.above_levels([W], norms, requests, [0], seed=0)[0].verdict.k == 6
+    monkeypatch.setattr(levels, "ritz", without_the_third(levels.ritz))
+    assert levels.above_levels([W], norms, requests, [0], seed=0) == {}
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-22, 1e15, 1e22, 1e34])
@@ -97,7 +89,7 @@ def test_triplets_at_any_scale_of_float32(shape: tuple[int, int], scale: float) 
     exactly = with_spectrum(*shape, values).double()
     W = (scale * exactly).float()[None]
     norms = torch.linalg.matrix_norm(W.double())
-    found = levels.above_levels(W, norms, [Request(level=5 * scale / float(norms), tol=1e-3)], [0], seed=0)[0]
+    found = levels.above_levels([W], norms, [Request(level=5 * scale / float(norms), tol=1e-3)], [0], seed=0)[0]
     assert found.verdict.k == 2
     assert torch.allclose(found.S.double() * norms / scale, values[:2], rtol=1e-4)
     for side in (found.U.mT, found.Vh):
@@ -107,7 +99,9 @@ def test_triplets_at_any_scale_of_float32(shape: tuple[int, int], scale: float) 
 @pytest.mark.parametrize("level", [1e-13, 1e-77, 1e-165, 5e-324])
 def test_levels_whose_squares_are_nothing_are_left_to_the_whole_spectrum(level: float) -> None:
     W = gaussian(200, 200)[None]
-    assert levels.above_levels(W, torch.linalg.matrix_norm(W.double()), [Request(level=level, tol=1e-3)], [0], 0) == {}
+    assert (
+        levels.above_levels([W], torch.linalg.matrix_norm(W.double()), [Request(level=level, tol=1e-3)], [0], 0) == {}
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 5, 40])
@@ -115,7 +109,7 @@ def test_rows_that_no_cholesky_factor_tells_apart_are_made_orthonormal_all_the_s
     values = torch.cat([torch.linspace(2.0, 1.1, rank), torch.zeros(240 - rank)]).double()
     W = with_spectrum(240, 240, values)[None]
     norms = torch.linalg.matrix_norm(W)
-    found = levels.above_levels(W, norms, [Request(level=1 / float(norms), tol=1e-3)], [0], seed=0)[0]
+    found = levels.above_levels([W], norms, [Request(level=1 / float(norms), tol=1e-3)], [0], seed=0)[0]
     assert found.verdict.k == rank
     assert torch.allclose(found.S.double() * norms, values[:rank], rtol=1e-5)
     assert torch.allclose(found.Vh @ found.Vh.mT, torch.eye(rank, dtype=found.Vh.dtype), atol=1e-5)
@@ -127,7 +121,7 @@ def test_directions_far_above_the_level_hide_none_beside_it(ratio: float) -> Non
     W = with_spectrum(240, 240, values)[None]
     norms = torch.linalg.matrix_norm(W)
     tol = max(1e-4, 0.02 / float(norms))
-    found = levels.above_levels(W, norms, [Request(level=1 / float(norms), tol=tol)], [0], seed=0)
+    found = levels.above_levels([W], norms, [Request(level=1 / float(norms), tol=tol)], [0], seed=0)
     assert found[0].verdict.k == int((values > 1).sum())
 
 
@@ -135,16 +129,16 @@ def test_only_levels_are_asked_about_and_only_those_matrices_that_are_named() ->
     W = batch(50, 50)
     norms, high = torch.linalg.matrix_norm(W), Request(level=0.999, tol=TOL)
     some = [Request(tol=TOL), Request(bulk=True, tol=TOL), high, high]
-    assert levels.above_levels(W, norms, some, [0, 1, 3], seed=0).keys() == {3}
-    assert levels.above_levels(W, norms, [Request(level=0.999, tol=1e-6)] * 4, [0, 1, 2, 3], seed=0) == {}
+    assert levels.above_levels([W], norms, some, [0, 1, 3], seed=0).keys() == {3}
+    assert levels.above_levels([W], norms, [Request(level=0.999, tol=1e-6)] * 4, [0, 1, 2, 3], seed=0) == {}
 
 
 def test_large_batches_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     W = batch(200, 220)
     norms, requests = asked(W, 0.9, TOL)
-    whole = levels.above_levels(W, norms, requests, [0, 1, 2, 3], seed=0)
-    monkeypatch.setattr(levels, "_MOST_ELEMENTS", 1000)
-    pieces = levels.above_levels(W, norms, requests, [0, 1, 2, 3], seed=0)
+    whole = levels.above_levels([W], norms, requests, [0, 1, 2, 3], seed=0)
+    monkeypatch.setattr(batch_filter, "_MOST_ELEMENTS", 1000)
+    pieces = levels.above_levels([W], norms, requests, [0, 1, 2, 3], seed=0)
     assert whole.keys() == pieces.keys() == {0, 1, 2, 3}
     for i in whole:
         assert whole[i].verdict.k == pieces[i].verdict.k
@@ -153,7 +147,7 @@ def test_large_batches_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_zero_matrix_has_nothing_above_any_level() -> None:
     one = torch.ones(1, dtype=torch.float64)
-    found = levels.above_levels(torch.zeros(1, 8, 8), one, [Request(level=0.1, tol=TOL)], [0], seed=0)
+    found = levels.above_levels([torch.zeros(1, 8, 8)], one, [Request(level=0.1, tol=TOL)], [0], seed=0)
     assert found[0].top == 0
 
 
