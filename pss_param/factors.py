@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pss_param.smoothing import Smoothing, correction
+from pss_param.lowrank import Correction
+from pss_param.smoothing import Smoothing, correction, corrections
 
 __all__ = ["Factors", "factors_at", "factors_of", "factors_together", "no_change", "padded"]
 
@@ -57,10 +58,10 @@ def factors_of(
 def factors_together(
     parts: Sequence[Tensor], smoothing: Smoothing, generator: torch.Generator, levels: Sequence[Tensor]
 ) -> tuple[Factors, ...]:
-    r"""What :func:`factors_of` computes, of matrices of one shape that need not belong to one weight.
+    r"""What :func:`factors_of` computes, of matrices of any shapes that need not belong to one weight.
 
     Args:
-        parts: The matrices ``(..., m, n)``, all of one shape.
+        parts: The matrices ``(..., m, n)``, all on one device and of one dtype.
         smoothing: What is taken away.
         generator: Source of the random sketch, which all share.
         levels: Of each part, the levels ``(...)`` of the ``baseline`` edge.
@@ -69,18 +70,33 @@ def factors_together(
         A pair for each part, as thin as the part allows.
 
     Example:
-        >>> parts = [torch.diag(torch.tensor([6.0, 2.0, 2.0])), torch.eye(3)]
+        >>> parts = [torch.diag(torch.tensor([6.0, 2.0, 2.0])), torch.eye(3), torch.ones(2, 3)]
         >>> pairs = factors_together(parts, Smoothing(rank=1), torch.Generator(), [])
         >>> round(float((pairs[0].left @ pairs[0].right)[0, 0]), 4)
         4.0
     """
-    leveled = _at(smoothing, torch.stack(tuple(levels))) if levels else smoothing
-    one = correction(torch.stack(tuple(parts)), leveled, generator=generator)
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, part in enumerate(parts):
+        shapes.setdefault(part.shape, []).append(i)
+    pairs = [
+        (
+            torch.stack([parts[i] for i in places]),
+            _at(smoothing, torch.stack([levels[i] for i in places])) if levels else smoothing,
+        )
+        for places in shapes.values()
+    ]
+    found = dict[int, Factors]()
+    for places, one in zip(shapes.values(), corrections(pairs, generator), strict=True):
+        found |= zip(places, _thin(one), strict=True)
+    return tuple(found[i] for i in range(len(parts)))
+
+
+def _thin(one: Correction) -> list[Factors]:
     left, ranks = one.U * one.d.unsqueeze(-2), one.k.flatten(1).amax(1) if one.k.dim() > 1 else one.k
-    return tuple(
+    return [
         Factors(left[i, ..., :rank].contiguous(), one.Vh[i, ..., :rank, :].contiguous())
         for i, rank in enumerate(ranks.tolist())
-    )
+    ]
 
 
 def _at(smoothing: Smoothing, level: Tensor) -> Smoothing:

@@ -30,6 +30,7 @@ there is no level to come down to, only annihilation; such a matrix is left as i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +40,7 @@ from pss_param.edges import LIVE_EDGES, EdgeFunction, init_level
 from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.lowrank import Correction
 from pss_param.shapes import SHAPES, ShapeFunction, clip
-from pss_param.spectrum import DominantDirections, checked_matrices, dominant_directions
+from pss_param.spectrum import DominantDirections, checked_matrices, directions_together, dominant_directions
 
 WHOLE_MATRIX_SHAPES = ("equal", "noise")
 """Shapes that act on the whole matrix: ``equal`` heeds no edge but ``init``, ``noise`` smooths nothing."""
@@ -174,6 +175,38 @@ def correction(
     if smoothing.shape == "noise":
         return _noise(checked_matrices(W), smoothing, generator)
     found, level = _dominant_set(W, smoothing, generator, init)
+    return _smoothed(W, smoothing, found, level)
+
+
+@torch.no_grad()
+def corrections(
+    pairs: Sequence[tuple[Tensor, Smoothing]], generator: torch.Generator | None = None
+) -> list[Correction]:
+    r"""What :func:`correction` gives for each; small matrices on a GPU are decomposed together, whatever their shapes.
+
+    Args:
+        pairs: matrices ``(..., m, n)``, all on one device and of one dtype, and a smoothing of each that does not need
+            the whole matrix.
+        generator: source of the random sketch, which all share.
+
+    Returns:
+        One correction a pair, with its errors.
+
+    Example:
+        >>> matrices = torch.diag(torch.tensor([6.0, 2.0, 1.0])), torch.eye(2)
+        >>> ones = corrections([(W, Smoothing(rank=1)) for W in matrices])
+        >>> [one.d.tolist() for one in ones]
+        [[4.0], [0.0]]
+    """
+    asked = [(W, *_wanted(W, smoothing), smoothing.tol) for W, smoothing in pairs]
+    found = directions_together(asked, generator)
+    return [
+        _smoothed(W, smoothing, *_with_level(those, W, smoothing, above))
+        for those, (W, smoothing), (_, _, above, _) in zip(found, pairs, asked, strict=True)
+    ]
+
+
+def _smoothed(W: Tensor, smoothing: Smoothing, found: DominantDirections, level: Tensor) -> Correction:
     # No level to come down to: Correction.edge == 0 and nothing changes.
     level = torch.where(level > _rounding(W, smoothing, found), level, torch.zeros_like(level))
     return _from_triplets(found, level, _falls(found, level, _shape_function(smoothing)))
@@ -248,25 +281,34 @@ def _dominant_set(
     W: Tensor, smoothing: Smoothing, generator: torch.Generator | None, init: Tensor | None
 ) -> tuple[DominantDirections, Tensor]:
     """The dominant triplets and the level that they come down to."""
+    rank, above = _wanted(W, smoothing)
+    found = dominant_directions(W, rank, above=above, tol=smoothing.tol, generator=generator, init=init)
+    return _with_level(found, W, smoothing, above)
+
+
+def _wanted(W: Tensor, smoothing: Smoothing) -> tuple[int | None, float | Tensor | str | None]:
+    """The ``rank`` and the level of :func:`pss_param.spectrum.dominant_directions`."""
+    if not isinstance(W, Tensor) or W.dim() < 2:
+        checked_matrices(W)  # says what is wrong
     if smoothing.edge in {"dominant", "mild"}:
-        rank = smoothing.rank
-        if smoothing.shape == "second":
-            rank = 1
-        if rank is not None and W.dim() >= 2:
-            rank = min(rank, min(W.shape[-2:]) - 1)  # one value must be left to be the edge
-        found = dominant_directions(W, rank, tol=smoothing.tol, generator=generator, init=init)
-        if smoothing.edge == "dominant":
-            return found, found.edge
+        rank = 1 if smoothing.shape == "second" else smoothing.rank
+        return None if rank is None else min(rank, min(W.shape[-2:]) - 1), None  # one must be left to be the edge
+    if smoothing.edge == "bulk":
+        return None, "bulk"
+    return None, smoothing.edge(W) if callable(smoothing.edge) else smoothing.level(*W.shape[-2:])
+
+
+def _with_level(
+    found: DominantDirections, W: Tensor, smoothing: Smoothing, above: float | Tensor | str | None
+) -> tuple[DominantDirections, Tensor]:
+    if smoothing.edge == "dominant":
+        return found, found.edge
+    if smoothing.edge == "mild":
         m, n = W.shape[-2:]
         return _above(found, found.edge.clamp_min(init_level(m, n, smoothing.init_std)))
     if smoothing.edge == "bulk":
-        found = dominant_directions(W, above="bulk", tol=smoothing.tol, generator=generator, init=init)
         return found, found.bulk_edge
-    if W.dim() < 2:
-        checked_matrices(W)  # says what is wrong
-    level = smoothing.edge(W) if callable(smoothing.edge) else smoothing.level(*W.shape[-2:])
-    found = dominant_directions(W, above=level, tol=smoothing.tol, generator=generator, init=init)
-    return found, torch.as_tensor(level, dtype=found.edge.dtype, device=found.edge.device).expand_as(found.edge)
+    return found, torch.as_tensor(above, dtype=found.edge.dtype, device=found.edge.device).expand_as(found.edge)
 
 
 def _above(found: DominantDirections, level: Tensor) -> tuple[DominantDirections, Tensor]:

@@ -37,7 +37,10 @@ missed, and 5 to 10 products with it. Times over a grid of shapes, spectra and t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +60,7 @@ from pss_param.passes import (
 )
 from pss_param.products import FULL_WIDTH, on_gpu
 from pss_param.sketch import BLOCKS_THAT_PAY, first_block, narrowed, starts_left, tiles
-from pss_param.whole import WHOLE_BELOW_ON_GPU, dense_all
+from pss_param.whole import dense, dense_together, is_small_on_gpu
 
 # Up to here the whole spectrum costs less wherever the edge lies inside of a bulk, as in fresh and trained weights
 # (measured with one thread at 256 x 256: 4.4 ms against 9 to 17 ms; S ~ j^-0.5: equal; a handful of values far above
@@ -78,25 +81,57 @@ _ALIGNED = 64  # bytes
 _ROW_BLOCK = 1 << 22  # elements of W that a measurement by rows holds twice
 
 
-def solve(W: Tensor, norms: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
-    """Find the dominant triplets of each matrix of a batch.
+class Asked(NamedTuple):
+    """Matrices of one shape, and what is wanted of them.
 
-    Args:
+    Attributes:
         W: finite matrices ``(B, m, n)`` in the dtype to compute in.
         norms: their Frobenius norms ``(B,)``, 1 for matrices of zeros.
         requests: what is wanted of each.
-        seed: of the sketch; every chunk draws the same, so no result depends on what a matrix was batched with.
         init: right directions known from before, ``(B, n, b)``.
+    """
+
+    W: Tensor
+    norms: Tensor
+    requests: list[Request]
+    init: Tensor | None = None
+
+
+def solve(asked: Sequence[Asked], seed: int) -> list[list[Found]]:
+    """Find the dominant triplets of matrices of one shape, or of several.
+
+    Args:
+        asked: the matrices by shape, all on one device and of one dtype.
+        seed: of the sketch; every chunk draws the same, so no result depends on what a matrix was batched with.
 
     Returns:
         One result a matrix.
     """
+    found: dict[int, list[Found]] = {}
+    sides: dict[int, list[int]] = {}
+    for i, those in enumerate(asked):
+        if is_small_on_gpu(those.W):
+            sides.setdefault(min(those.W.shape[1:]), []).append(i)
+        else:
+            found[i] = _of_one_shape(*those, seed)
+    for places in sides.values():
+        found |= zip(places, _of_one_side([asked[i] for i in places], seed), strict=True)
+    return [found[i] for i in range(len(asked))]
+
+
+def _of_one_side(asked: list[Asked], seed: int) -> list[list[Found]]:
+    requests = [request for those in asked for request in those.requests]
+    found = iter(
+        dense_together([those.W for those in asked], torch.cat([those.norms for those in asked]), requests, seed)
+    )
+    return [list(islice(found, len(those.requests))) for those in asked]
+
+
+def _of_one_shape(W: Tensor, norms: Tensor, requests: list[Request], init: Tensor | None, seed: int) -> list[Found]:
     if not on_gpu(W) and W.data_ptr() % _ALIGNED:
         W = W.clone()  # a BLAS adds in another order where vectors start elsewhere, and a file may put them anywhere
     m, n = W.shape[1:]
     size = max(1, _CUDA_WORKSPACE // (_WORKSPACE * (m + n)) if on_gpu(W) else _CPU_CHUNK // (m * n))
-    if size >= W.shape[0]:
-        return _solve_chunk(W, norms, requests, seed, init)
     found = []
     for start_row in range(0, W.shape[0], size):
         rows = slice(start_row, start_row + size)
@@ -131,8 +166,8 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
     least = min(W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
-    if least <= (WHOLE_BELOW_ON_GPU if on_gpu(W) else _WHOLE_BELOW) or BLOCKS_THAT_PAY * wanted >= least:
-        return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
+    if (least <= _WHOLE_BELOW and not on_gpu(W)) or BLOCKS_THAT_PAY * wanted >= least:
+        return _all_dense(W, scale, requests, seed)
     if init is not None and init.shape[-1] * _WIDEST >= least:
         init = None  # wider than the iteration may become
     if len(requests) == 1:  # without the batch dimension a product is a plain one, which is faster on a CPU
@@ -143,7 +178,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     from_left = starts_left(requests, init)
     block, squares = first_block(krylov, requests, init)
     if block.shape[-1] * _WIDE_START >= least and not from_left:
-        return dense_all(W, scale, requests, seed, dict.fromkeys(range(len(requests))))
+        return _all_dense(W, scale, requests, seed)
     if on_gpu(W) and len(requests) > 1 and init is None:
         columns = narrowed(krylov, block, requests, from_left)
         block, squares = block[..., :columns], None
@@ -154,9 +189,13 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     ritz, verdicts = _iterate(krylov, requests, widest, cold=not from_left)
     found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
     left = [i for i, one in found.items() if one is None]
-    starts = {i: _directions(krylov, ritz, i, requests[i]) for i in left}
-    found.update(zip(left, dense_all(W, scale, requests, seed, starts), strict=True))
+    for i in left:
+        found[i] = dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i, requests[i]))
     return [one for one in found.values() if one is not None]
+
+
+def _all_dense(W: Tensor, scale: Tensor, requests: list[Request], seed: int) -> list[Found]:
+    return [dense(*one, seed) for one in zip(W, scale, requests, strict=True)]
 
 
 def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:

@@ -11,7 +11,9 @@ decided, in :mod:`pss_param.certificate`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from pss_param.errors import ArgumentError, NonFiniteError
 from pss_param.found import Found
 from pss_param.precision import full_precision
 from pss_param.sharded import ShardedMatrix, is_sharded
-from pss_param.solver import solve, solve_sharded
+from pss_param.solver import Asked, solve, solve_sharded
 
 _SEED = 0x50555
 _TAME = 1e-30, 1e30
@@ -174,20 +176,69 @@ def dominant_directions(
         raise NonFiniteError("init must be finite, got NaN or infinity; leave it out to start afresh")
     if is_sharded(W):
         return _of_sharded(ShardedMatrix(W, batched=True), (rank, above, tol), generator, init)
-    W = checked_matrices(W)
+    return _all_directions([_Asked(W, rank, above, tol, init)], generator)[0]
+
+
+class _Asked(NamedTuple):
+    """The arguments of one call."""
+
+    W: Tensor
+    rank: int | None
+    above: float | Tensor | str | None
+    tol: float
+    init: Tensor | None = None
+
+
+@torch.no_grad()
+def directions_together(
+    asked: Sequence[tuple[Tensor, int | None, float | Tensor | str | None, float]],
+    generator: torch.Generator | None = None,
+) -> list[DominantDirections]:
+    r"""What :func:`dominant_directions` finds of each; small matrices on a GPU of whatever shapes share their kernels.
+
+    Args:
+        asked: ``W, rank, above, tol`` of each call; all matrices on one device and of one dtype, none sharded.
+        generator: source of the random sketch, which all share.
+
+    Returns:
+        One result a call, with its errors.
+    """
+    for _, rank, above, tol in asked:
+        _check_request(rank, above, tol)
+    return _all_directions([_Asked(*one) for one in asked], generator)
+
+
+def _all_directions(asked: list[_Asked], generator: torch.Generator | None) -> list[DominantDirections]:
+    prepared = [_prepared(one) for one in asked]
+    with full_precision(asked[0].W.device):
+        found = solve([one.solvable for one in prepared], _seed(generator))
+        return [
+            _gathered(those, one.sizes, one.solvable.requests, one.batch, one.solvable.W)
+            for those, one in zip(found, prepared, strict=True)
+        ]
+
+
+class _Prepared(NamedTuple):
+    """Matrices as the solver wants them, and what it does not need to know."""
+
+    solvable: Asked
+    sizes: list[float]
+    batch: torch.Size
+
+
+def _prepared(asked: _Asked) -> _Prepared:
+    W = checked_matrices(asked.W)
     batch, (m, n) = W.shape[:-2], W.shape[-2:]
     flat = W.reshape(-1, m, n)
     norms = frobenius_norm(flat)
     sizes = norms.tolist()
     if max(sizes, default=0.0) > torch.finfo(flat.dtype).max:
         flat = _widened(flat, norms)
-    requests = _requests(rank, above, tol, batch, norms)
-    start = None if init is None else init.reshape(-1, *init.shape[-2:]).to(flat)
-    with full_precision(W.device):
-        if any(size and not _TAME[0] < size < _TAME[1] for size in sizes):
-            flat, norms = _tamed(flat, norms)
-        found = solve(flat, norms if all(sizes) else _to_divide_by(norms), requests, _seed(generator), start)
-        return _gathered(found, sizes, requests, batch, flat)
+    requests = _requests(asked.rank, asked.above, asked.tol, batch, norms)
+    start = None if asked.init is None else asked.init.reshape(-1, *asked.init.shape[-2:]).to(flat)
+    if any(size and not _TAME[0] < size < _TAME[1] for size in sizes):
+        flat, norms = _tamed(flat, norms)
+    return _Prepared(Asked(flat, norms if all(sizes) else _to_divide_by(norms), requests, start), sizes, batch)
 
 
 def _tamed(W: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

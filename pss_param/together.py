@@ -4,9 +4,9 @@ r"""The directions of all weights that were opened at once, found together.
 # Note [Found together]
 On a GPU a decomposition is hundreds of small kernels, and takes as long for one matrix as for twenty: 16 ms for a
 768 x 768 on an H100, where a training step of a GPT-2 with 48 such weights takes 44. So the first read of one of
-several gates that were opened at once finds the directions of all of them, matrices of one shape in one batch. The
-views keep what concerns them; the weights are the ones that this read sees, since nothing changes a weight between the
-optimizer's step and the end of the backward pass that follows.
+several gates that were opened at once finds the directions of all of them, small matrices of whatever shapes in one
+batch (:func:`pss_param.smoothing.corrections`). The views keep what concerns them; the weights are the ones that this
+read sees, since nothing changes a weight between the optimizer's step and the end of the backward pass that follows.
 
 What a matrix was batched with may change the last bits of its directions. So whoever wants those bits, a read, a
 checkpoint or a fold, gets them from here, and the same as long as the weight has the same norm.
@@ -152,10 +152,15 @@ def _batches(parts: list[_Part]) -> list[list[_Part]]:
         rule = part.view.smoothing
         if part.level is not None:  # it says all that the rule's own numbers would
             rule = replace(rule, init_std=None, reference=None)
-        key = tuple(part.values.shape), part.values.dtype, part.values.device, rule
+        key = part.values.dtype, part.values.device, part.level is None, rule
         groups.setdefault(key, []).append(part)
-    batches = []
+    batches: list[list[_Part]] = []
     for group in groups.values():
-        size = max(1, _MOST_ELEMENTS // max(1, group[0].values.numel()))
-        batches += [group[start : start + size] for start in range(0, len(group), size)]
+        room = 0
+        for part in group:
+            if part.values.numel() > room:
+                batches.append([])
+                room = _MOST_ELEMENTS
+            batches[-1].append(part)
+            room -= part.values.numel()
     return batches

@@ -12,7 +12,8 @@ that. On a CPU float64 costs twice the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -66,27 +67,8 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
     return _whole(W, gram, scale, request)
 
 
-def dense_all(
-    W: Tensor, scale: Tensor, requests: list[Request], seed: int, starts: Mapping[int, Tensor | None]
-) -> list[Found]:
-    """The same of some matrices of a batch; small ones on a GPU together: :func:`dense_together`.
-
-    Args:
-        W: ``(B, m, n)``.
-        scale: of each, ``(B,)``.
-        requests: what is wanted of each.
-        seed: of random columns.
-        starts: which matrices, and what :func:`dense` is to start from.
-
-    Returns:
-        One result for each of ``starts``.
-    """
-    found = dense_together([W], scale, requests, [*starts], seed) if is_small_on_gpu(W) else {}
-    return [found[i] if i in found else dense(W[i], scale[i], requests[i], seed, start) for i, start in starts.items()]
-
-
 def is_small_on_gpu(W: Tensor) -> bool:
-    """Whether the Gram matrices serve from the start.
+    """Whether :func:`dense_together` serves.
 
     Args:
         W: ``(..., m, n)``.
@@ -97,22 +79,22 @@ def is_small_on_gpu(W: Tensor) -> bool:
     return on_gpu(W) and min(W.shape[-2:]) <= WHOLE_BELOW_ON_GPU
 
 
-def dense_together(
-    groups: Sequence[Tensor], scale: Tensor, requests: list[Request], which: list[int], seed: int
-) -> dict[int, Found]:
-    """What blocks find of many matrices at once: :mod:`pss_param.levels` and :mod:`pss_param.counts`.
+def dense_together(groups: Sequence[Tensor], scale: Tensor, requests: list[Request], seed: int) -> list[Found]:
+    """The same of many matrices: together by :mod:`pss_param.levels` and :mod:`pss_param.counts` where these serve.
 
     Args:
         groups: matrices of one smaller side, by shape: ``(B_i, m_i, n_i)``.
         scale: ``||W||_F`` of all of them in turn, not zero.
         requests: what is wanted of each.
-        which: the places to look at, ascending.
         seed: of random columns.
 
     Returns:
-        By place; what is not here is left to :func:`dense`.
+        One result each.
     """
-    return above_levels(groups, scale, requests, which, seed) | leading(groups, scale, requests, which, seed)
+    places = list(range(len(requests)))
+    found = above_levels(groups, scale, requests, places, seed) | leading(groups, scale, requests, places, seed)
+    matrices = chain(*groups)
+    return [found[i] if i in found else dense(W, scale[i], requests[i], seed) for i, W in enumerate(matrices)]
 
 
 def _by_filter(

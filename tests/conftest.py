@@ -37,8 +37,7 @@ def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "as on a gpu":
             for module in ("solver", "whole", "eigen", "krylov"):
                 patch.setattr(f"pss_param.{module}.on_gpu", lambda W: True)
-            for module in ("solver", "whole"):
-                patch.setattr(f"pss_param.{module}.WHOLE_BELOW_ON_GPU", 200)
+            patch.setattr("pss_param.whole.WHOLE_BELOW_ON_GPU", 200)
         yield
 
 

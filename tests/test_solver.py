@@ -13,7 +13,7 @@ from pss_param.blocks import orthonormal
 from pss_param.certificate import Request
 from pss_param.krylov import Krylov
 from pss_param.solver import solve_sharded
-from pss_param.spectrum import dominant_directions
+from pss_param.spectrum import directions_together, dominant_directions
 
 SHAPES = [(16, 8), (8, 8), (12, 5), (9, 1), (40, 30), (3, 2), (32, 8), (60, 60), (90, 33)]
 REQUESTS = {
@@ -127,12 +127,11 @@ def test_values_of_zero_do_not_spoil_the_gram_matrix(monkeypatch):
     torch.testing.assert_close(float(found.edge), float(S[int(found.k)]), rtol=1e-5, atol=0)
 
 
-@pytest.fixture
-def _as_on_a_gpu(monkeypatch):
+@pytest.fixture(params=[128, 1024])
+def _as_on_a_gpu(request, monkeypatch):
     for name in ("solver", "whole", "eigen", "krylov"):
         monkeypatch.setattr(f"pss_param.{name}.on_gpu", lambda W: True)
-    monkeypatch.setattr("pss_param.whole.WHOLE_BELOW_ON_GPU", 128)
-    monkeypatch.setattr("pss_param.solver.WHOLE_BELOW_ON_GPU", 128)
+    monkeypatch.setattr("pss_param.whole.WHOLE_BELOW_ON_GPU", request.param)
 
 
 def clipped(W: torch.Tensor, level: float) -> torch.Tensor:
@@ -165,6 +164,20 @@ def test_all_directions_of_a_square_matrix_are_orthonormal_on_a_gpu():
     found = dominant_directions(W, rank=100)
     torch.testing.assert_close(found.U.mT @ found.U, torch.eye(100), rtol=0, atol=1e-4)
     torch.testing.assert_close((found.U * found.S) @ found.Vh, W, rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("options", [{}, {"rank": 7}, {"above": 2.0}, {"above": "bulk"}], ids=str)
+def test_matrices_of_several_shapes_are_found_together_as_they_are_alone(options):
+    shapes = [(200, 230), (260, 200), (200, 200), (90, 100), (300, 300)]
+    Ws = [torch.stack([with_spectrum(*s, 9 * power(min(s), 0.6), seed=i).float() for i in range(2)]) for s in shapes]
+    asked = [(W, options.get("rank"), options.get("above"), 1e-3) for W in [*Ws, Ws[0][0]]]
+    for (W, *_), one in zip(asked, directions_together(asked), strict=True):
+        alone = dominant_directions(W, tol=1e-3, **options)
+        assert one.U.shape[:-1] == W.shape[:-1]
+        assert torch.equal(one.k, alone.k)
+        torch.testing.assert_close(one.S, alone.S, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.edge, alone.edge, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", [92, 334, 583, 900, 975, 1331, 1378, 1409, 1545, 1850])
