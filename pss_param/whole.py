@@ -29,7 +29,7 @@ from pss_param.products import on_gpu, times
 _FILTER_FROM = 192
 
 WHOLE_BELOW_ON_GPU = 1024
-"""On a GPU the whole spectrum serves matrices up to this size: Note [Squares on a GPU]."""
+"""On a GPU Gram matrices serve from the start up to this size: Note [Many matrices on a GPU] in ``solver``."""
 
 _SQUARABLE = (1e-12, 1e12)  # norms whose squares, and those of small values beside them, stay in float32
 

@@ -73,6 +73,24 @@ def test_the_same_bits_twice_and_whatever_else_is_in_the_batch_to_the_tolerance(
     torch.testing.assert_close(first.edge[3], alone.edge, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 12}, {"above": 40.0}], ids=str)
+def test_matrices_of_several_shapes_are_found_together_within_the_tolerance(options: dict[str, float]) -> None:
+    from pss_param.spectrum import directions_together
+
+    shapes, rank, above = ((256, 384), (320, 256), (512, 512)), options.get("rank"), options.get("above")
+    Ws = [torch.stack([KINDS[kind](*shape).float() for kind in KINDS]) for shape in shapes]
+    for W, one in zip(Ws, directions_together([(W.cuda(), rank, above, 1e-3) for W in Ws]), strict=True):
+        there, here = taken_away(one, above), taken_away(pss.dominant_directions(W, rank, above=above), above)
+        assert bool(one.converged.all())
+        assert (torch.linalg.matrix_norm(there - here) <= 2e-3 * torch.linalg.matrix_norm(W.double())).all()
+
+
+def taken_away(found: pss.DominantDirections, above: float | None) -> torch.Tensor:
+    """What a clip at the edge, or at a level, takes away from each matrix."""
+    U, S, Vh, edge = (part.cpu().double() for part in (found.U, found.S, found.Vh, found.edge))
+    return (U * (S - (edge[:, None] if above is None else above)).clamp_min(0)[:, None, :]) @ Vh
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights(dtype: torch.dtype) -> None:
     W = spiked(512, 640).to("cuda", dtype)
