@@ -3,10 +3,11 @@ r"""Eigenvalues of many small symmetric matrices at once, in float64.
 
 # Note [Many small eigenproblems]
 A GPU library solves a batch of matrices of up to 32 columns in one kernel and larger ones after each other: on an H100
-32 problems of 32 columns take 0.3 ms, and one of 96 columns 1.4 ms, of 192 1.6, of 256 2.1. A core of a CPU takes 0.9,
-3.2 and 6.3 ms for those, and there are many cores: eight of them take 10 ms for 48 problems of 96 columns and 24 ms for
-48 of 192, the way to the CPU and back included. So matrices of 33 to 256 columns are solved by all threads of the host,
-one each; a single one of more than 128 columns stays where it is, and so does whatever is larger.
+32 problems of 32 columns take 0.3 ms, and each of 96 columns 1.3 ms, of 192 1.5, of 256 2.1. A core of a CPU takes 0.9,
+3.2 and 6.3 ms for those, the way there and back 1 ms more, and there are many cores. So where there are several to each
+32 of their columns, the threads of the host solve them, one each: 28 matrices of 64, 96, 192 and 256 columns took 2.8,
+4.0, 16 and 36 ms there, and 21, 35, 42 and 58 on the GPU; 4 of 96 columns 2.4 against 5.1, 2 of 192 7.6 against 3.1.
+Larger ones stay where they are (12 of 384 columns: 41 ms either way).
 
 Each thread works alone, since a library that spreads one small problem over many threads, in many threads at once,
 takes four times as long.
@@ -26,8 +27,8 @@ from pss_param.products import on_gpu
 __all__ = ["bound_by_powers", "eigh", "eigvalsh", "high_power", "largest", "largest_and_trace"]
 
 _IN_ONE_KERNEL = 32
-_MANY_ON_HOST = 256  # columns up to which several matrices are brought to the CPU
-_ONE_ON_HOST = 128  # and a single one
+_ON_HOST = 256  # columns up to which they are brought to the CPU
+_MOST_THREADS = 8  # sixteen were no faster
 _SQUARINGS = 8
 
 
@@ -144,14 +145,16 @@ def high_power(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _on_host(A: Tensor) -> bool:
-    most = _MANY_ON_HOST if A.shape[:-2].numel() > 1 else _ONE_ON_HOST
-    return on_gpu(A) and _IN_ONE_KERNEL < A.shape[-1] <= most
+    columns = A.shape[-1]
+    several = A.shape[:-2].numel() * _IN_ONE_KERNEL > columns
+    return on_gpu(A) and several and _IN_ONE_KERNEL < columns <= _ON_HOST
 
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """As many as torch was given, each for one matrix at a time."""
-    count = torch.get_num_threads()
+    """Eight, or as many as torch was given, each for one matrix at a time."""
+    given = torch.get_num_threads()
+    count = min(given, _MOST_THREADS)
     pool, together = ThreadPoolExecutor(count, "pss_param"), Barrier(count)
 
     def alone(_: int) -> None:
@@ -160,5 +163,5 @@ def _threads() -> ThreadPoolExecutor:
         together.wait()
 
     list(pool.map(alone, range(count)))
-    torch.set_num_threads(count)  # what one thread says is also said to those that are yet to begin
+    torch.set_num_threads(given)  # what one thread says is also said to those that are yet to begin
     return pool

@@ -168,7 +168,7 @@ def test_an_open_gate_folds_to_the_bits_that_it_showed() -> None:
     assert all(torch.equal(shown[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 40), (3, 96), (20, 96), (2, 200)])
+@pytest.mark.parametrize(("count", "columns"), [(1, 40), (5, 96), (20, 96), (2, 200), (12, 200)])
 def test_small_eigenproblems_wherever_they_are_solved(count: int, columns: int) -> None:
     from pss_param.eigen import eigh, eigvalsh
 
