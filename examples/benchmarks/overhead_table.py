@@ -79,7 +79,7 @@ def _on_gpu(gpu: Mapping[str, Any]) -> str:
         f"{1000 * line['step_seconds']:.0f} ms. A quiet guard takes {_percent(line['quiet_guard_share'])} of that, "
         f"`StableRankFloor` {_percent(line['floor_share'])}; a step with all {line['weights']} weights open at the "
         f"published edge takes as long as {' / '.join(ratios)} plain ones (collapsed / trained / fresh weights): where "
-        f"more than a third of the values are dominant, the library's eigenvalues serve, which take 9 ms for one matrix "
+        "more than a third of the values are dominant, the library's eigenvalues serve, which take 9 ms for one matrix "
         f"of 768 columns. With {run['triggers']} triggers in the "
         f"first {run['steps']} steps at a learning rate of {run['learning_rate']:g} the guard as it comes took "
         f"{_percent(run['guard_share'])} of their time."
