@@ -12,7 +12,8 @@ command, loaded again and trained on.
     python examples/benchmarks/gpt2.py --report               # the README's table, from the results of all seeds
     python examples/benchmarks/gpt2.py --size tiny --device cpu --json /tmp/tiny.json
 
-What is measured already is not measured again. Needs `pip install -e ".[test]"`.
+What is measured already is not measured again; each figure has the commit that it was made at, or that stored it. Needs
+`pip install -e ".[test]"`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from large.measuring import WAYS, at_rate, rescues
 from large.network import SIZES, task
 from large.report import put
+from suite.store import origin
 from suite.task import Task
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,8 +89,8 @@ def every_rate(learned: Task, results: Results, methods: list[str], multiples: l
     """Train from scratch wherever that was not done yet."""
     for method, multiple in product(methods, multiples):
         if not results.has_rate(method, multiple):
-            row = {"method": method, "multiple": multiple} | at_rate(learned, method, multiple, results.found["seed"])
-            results.found["range"].append(row)
+            row = at_rate(learned, method, multiple, results.found["seed"])
+            results.found["range"].append({"method": method, "multiple": multiple, **row, "commit": origin()["commit"]})
             results.save()
 
 

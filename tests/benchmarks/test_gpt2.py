@@ -40,6 +40,13 @@ def test_the_command_that_writes_the_table_measures_nothing():
     assert (gpt2.README.read_bytes(), gpt2.stored()) == (before, STORED)
 
 
+def test_every_figure_says_which_code_made_it():
+    for found in (found for seeds in STORED for found in seeds):
+        assert {"device", "torch", "transformers", "pss_param"} <= found["versions"].keys()
+        ways = (way for death in found["rescues"].values() for way in death["ways"].values())
+        assert all(each["commit"] for each in (*found["range"], *ways))
+
+
 def row(multiple: float, final: float, *, dead: bool = False, method: str = "nothing") -> dict[str, object]:
     return {"method": method, "multiple": multiple, "final": final, "dead": dead}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from suite.methods import METHODS
+from suite.store import origin
 from suite.task import Task
 from suite.training import Run, evaluate, fresh, go_on, outcome, skip, train
 
@@ -144,7 +145,7 @@ def rescues(task: Task, found: dict[str, object], ways: list[str], seed: int, sa
         if not known or any(WAYS[name].start == "repaired" for name in missing):  # and the newest repair
             found["repair"] = death.repair()
         for name in missing:
-            known[name] = death.go_on(WAYS[name])
+            known[name] = death.go_on(WAYS[name]) | {"commit": origin()["commit"]}
             save()
     finally:
         shutil.rmtree(folder)
