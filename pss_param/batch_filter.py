@@ -245,7 +245,7 @@ def ritz(G: Tensor, rows: Tensor) -> Ritz:
     rows, image = torch.bmm(Y, rows), torch.bmm(Y, image)
     S = values.clamp_min(0).sqrt()
     lengths = torch.linalg.vector_norm(image - values[..., None] * rows, dim=-1)
-    numbers = torch.stack([S, torch.minimum(lengths / S, lengths.sqrt())]).tolist()  # a value of zero divides by none
+    numbers = torch.stack([S, torch.where(S > 0, torch.minimum(lengths / S, lengths.sqrt()), lengths.sqrt())]).tolist()
     return Ritz(rows, numbers[0], numbers[1])
 
 

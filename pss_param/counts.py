@@ -69,8 +69,9 @@ def leading(
     asked = [i for i in which if by_count([requests[i]]) and requests[i].rank != 0]
     results = dict[int, Found]()
     for some, batch in batches(groups, scale, requests, asked if f >= FILTER_FROM else []):
-        tops = tops_of(batch.G).tolist()
-        for these in _alike([width_for(rank_wanted(*pair)) for pair in zip(tops, batch.requests, strict=True)], f):
+        tops = tops_of(batch.G).tolist()  # zero for a matrix of zeros, which has nothing to find
+        widths = [width_for(rank_wanted(*pair)) if pair[0] else 0 for pair in zip(tops, batch.requests, strict=True)]
+        for these in _alike(widths, f):
             triplets = _filtered(batch.of(these), [tops[j] for j in these], seed)
             results |= {some[j]: one for j, one in zip(these, triplets, strict=True) if one is not None}
     return results

@@ -102,7 +102,7 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
         if (
             k == 0
             or width * WIDEST > shape[1]
-            or seen.S[min(k, len(seen.S) - 1)] < _COARSE * math.sqrt(eps) * seen.S[0]
+            or seen.S[min(k, len(seen.S) - 1)] <= _COARSE * math.sqrt(eps) * seen.S[0]  # zeros have no triplets
         ):
             return None
         if width > len(seen.S) + _EXTRA:

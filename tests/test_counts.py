@@ -106,6 +106,23 @@ def test_small_matrices_and_flat_ones_are_left_to_the_whole_spectrum() -> None:
         assert counts.leading([W], norms_of(W), [Request()], [0], seed=0) == {}
 
 
+def test_matrices_of_zeros_are_left_to_the_whole_spectrum_and_disturb_no_other() -> None:
+    W = torch.stack([torch.zeros(200, 210), made("1/j", (300, 210))[:200], torch.zeros(200, 210)])
+    norms = norms_of(W).masked_fill(norms_of(W) == 0, 1.0)
+    requests = [Request(), Request(), Request(rank=3)]
+    found = counts.leading([W], norms, requests, [0, 1, 2], seed=0)
+    assert found.keys() == {1}
+    alone = counts.leading([W[1:2]], norms[1:2], [Request()], [0], seed=0)[0]
+    torch.testing.assert_close(found[1].S, alone.S, rtol=1e-6, atol=0)
+
+
+def test_values_of_zero_have_residuals_that_are_numbers() -> None:
+    G = torch.zeros(1, 4, 4, dtype=torch.float64)
+    G[0, 0, 0] = 1.0
+    found = batch_filter.ritz(G, torch.eye(4, dtype=torch.float64)[None, :3])
+    assert (found.S, found.residual) == ([[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]])
+
+
 def test_a_block_that_missed_something_has_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     W = with_spectrum(220, 220, power(220, 0.5))[None]
     assert counts.leading([W], norms_of(W), [Request()], [0], seed=0)[0].verdict.k == 5

@@ -109,11 +109,16 @@ def test_stable_rank_and_norm_match_their_definitions(seed, m, n, exponent):
     assert float(stable_rank(W)) == pytest.approx(float((S / S[0]).square().sum()), rel=1e-3)
 
 
-def test_zero_matrix():
-    W = torch.zeros(2, 5, 7)
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"above": 0.5}, {"above": "bulk"}], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (100, 110), (200, 230), (230, 200), (300, 320)], ids=str)
+def test_zero_matrix(shape, options):
+    m, n = shape
+    W = torch.zeros(2, m, n)
     assert stable_rank(W).tolist() == [0.0, 0.0]
     assert spectral_norm(W).tolist() == [0.0, 0.0]
-    assert dominant_directions(W).U.shape == (2, 5, 0)
+    found = dominant_directions(W, **options)
+    assert (found.U.shape, found.Vh.shape) == ((2, m, 0), (2, 0, n))
+    assert bool(found.converged.all())
 
 
 def test_batches_of_different_k_are_padded_with_zeros_and_agree_with_single_calls():
