@@ -72,9 +72,14 @@ class Batch(NamedTuple):
     requests: list[Request]
 
     @property
-    def rounding(self) -> float:
-        """That of the products, as in :attr:`pss_param.certificate.Spectrum.rounding`."""
-        return max(4 * torch.finfo(W.dtype).eps * math.sqrt(max(W.shape[1:])) for W in self.groups)
+    def dtypes(self) -> list[torch.dtype]:
+        """Of each matrix."""
+        return [W.dtype for W in self.groups for _ in W]
+
+    @property
+    def roundings(self) -> list[float]:
+        """That of the products with each matrix, as in :attr:`pss_param.certificate.Spectrum.rounding`."""
+        return [4 * torch.finfo(W.dtype).eps * math.sqrt(max(W.shape[1:])) for W in self.groups for _ in W]
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -149,7 +154,10 @@ def _some(groups: Sequence[Tensor], which: list[int]) -> tuple[Tensor, ...]:
         (group, [i - start for i in which if 0 <= i - start < len(group)])
         for group, start in zip(groups, starts, strict=False)
     ]
-    return tuple(group if len(its) == len(group) else group[its] for group, its in chosen if its)
+    # What lies side by side is not copied.
+    return tuple(
+        group[its[0] : its[-1] + 1] if its[-1] - its[0] < len(its) else group[its] for group, its in chosen if its
+    )
 
 
 def random_rows(G: Tensor, columns: int, seed: int) -> Tensor:
@@ -245,7 +253,7 @@ def ritz(G: Tensor, rows: Tensor) -> Ritz:
     rows, image = torch.bmm(Y, rows), torch.bmm(Y, image)
     S = values.clamp_min(0).sqrt()
     lengths = torch.linalg.vector_norm(image - values[..., None] * rows, dim=-1)
-    numbers = torch.stack([S, torch.where(S > 0, torch.minimum(lengths / S, lengths.sqrt()), lengths.sqrt())]).tolist()
+    numbers = torch.stack([S, torch.where(S > 0, lengths / S, lengths.sqrt())]).tolist()
     return Ritz(rows, numbers[0], numbers[1])
 
 
@@ -295,7 +303,7 @@ def _triplets(W: Tensor, scale: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, T
     # By a power of two, so that neither the products nor their squares leave the dtype, at the scale of any weight.
     size = torch.exp2(-scale.double().log2().round().clamp(-_MOST_POWER, _MOST_POWER))
     product = (W.mT if wide else W) @ (Vh * size.to(W.dtype)[:, None, None]).mT
-    length = torch.linalg.vector_norm(product, dim=-2)
+    length = torch.linalg.vector_norm(product, dim=-2).clamp_min(torch.finfo(W.dtype).tiny)
     U, S = product / length[:, None, :], length / (scale * size).to(W.dtype)[:, None]
     return (Vh.mT, S, U.mT) if wide else (U, S, Vh)
 

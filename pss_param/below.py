@@ -28,9 +28,11 @@ from pss_param.found import Found
 
 __all__ = ["below", "gram_of", "nothing", "tops_of"]
 
+_MOST_ELEMENTS = 1 << 24
+
 
 def gram_of(W: Tensor, scale: Tensor) -> Tensor:
-    """Gram matrices of the smaller side, in float64.
+    """Gram matrices of the smaller side, in float64, of which only some rows at a time are held in it.
 
     Args:
         W: ``(B, m, n)``.
@@ -39,8 +41,12 @@ def gram_of(W: Tensor, scale: Tensor) -> Tensor:
     Returns:
         ``(B, f, f)`` with ``f = min(m, n)`` and a trace of one.
     """
-    wide = W.to(torch.float64, copy=True).div_(scale.double()[:, None, None])
-    return wide.mT @ wide if W.shape[1] >= W.shape[2] else wide @ wide.mT
+    rows = W if W.shape[1] >= W.shape[2] else W.mT
+    G = W.new_zeros(W.shape[0], rows.shape[2], rows.shape[2], dtype=torch.float64)
+    for block in torch.split(rows, max(1, _MOST_ELEMENTS // (rows.shape[0] * rows.shape[2])), dim=1):
+        wide = block.to(torch.float64, copy=True).div_(scale.double()[:, None, None])
+        G.baddbmm_(wide.mT, wide)
+    return G
 
 
 def below(G: Tensor, levels: list[float]) -> list[bool]:

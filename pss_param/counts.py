@@ -48,6 +48,8 @@ _SHARES = (8, 4, 2)  # of the columns that blocks may fill which go together
 _FIRST_GROWTH = 4.0  # of the filter whose Ritz values say where the edge lies
 _GROWTH = 9.0  # of the second one, beyond the inverse of the tolerance
 _LEAST = 1e-10  # of an edge over the largest eigenvalue
+_COARSE = 30.0  # values below so many sqrt(eps) S[0] have lost half of their digits in the square
+_UNEVEN = 1e4  # values below so many eps S[0] have left directions that are off by more than 1e-4
 
 
 def leading(
@@ -122,9 +124,15 @@ def _judged(at: Ritz, index: int, batch: Batch) -> tuple[Verdict, float] | None:
     """What is found, and the level above which nothing more may be; ``None`` where the residuals are too large."""
     S, residual, request, f = at.S[index], at.residual[index], batch.requests[index], batch.G.shape[-1]
     k, decided = count_of(Spectrum(S, residual, (f, f), False, 0.0), request.rank)
-    leak = math.hypot(*residual[:k]) + batch.rounding
-    if not decided or k >= len(S) or leak > LEAK * request.tol:
+    leak = math.hypot(*residual[:k]) + batch.roundings[index]
+    if not decided or k >= len(S) or leak > LEAK * request.tol or S[k] <= _least_value(batch, index) * S[0]:
         return None
     moved = 0.999 * (request.tol - leak)
     x = (S[k] + moved / (2 * math.sqrt(k))) ** 2 - 8 * torch.finfo(batch.G.dtype).eps * S[0] ** 2
     return (Verdict(k, S[k], math.nan, leak + moved, True), math.sqrt(x)) if x > S[k] ** 2 else None
+
+
+def _least_value(batch: Batch, index: int) -> float:
+    """What keeps its digits in squares, and its left direction in a product in the dtype of the matrix."""
+    square, product = batch.G.dtype, batch.dtypes[index]
+    return max(_COARSE * math.sqrt(torch.finfo(square).eps), _UNEVEN * torch.finfo(product).eps)

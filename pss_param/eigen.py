@@ -7,7 +7,8 @@ A GPU library solves a batch of matrices of up to 32 columns in one kernel and l
 3.2 and 6.3 ms for those, the way there and back 1 ms more, and there are many cores. So where there are several to each
 32 of their columns, the threads of the host solve them, one each: 28 matrices of 64, 96, 192 and 256 columns took 2.8,
 4.0, 16 and 36 ms there, and 21, 35, 42 and 58 on the GPU; 4 of 96 columns 2.4 against 5.1, 2 of 192 7.6 against 3.1.
-Larger ones stay where they are (12 of 384 columns: 41 ms either way).
+Larger ones stay where they are (12 of 384 columns: 41 ms either way), and so do those of more than 128 columns where
+fewer than four threads are given.
 
 Each thread works alone, since a library that spreads one small problem over many threads, in many threads at once,
 takes four times as long.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor
@@ -27,8 +28,11 @@ from pss_param.products import on_gpu
 __all__ = ["bound_by_powers", "eigh", "eigvalsh", "high_power", "largest", "largest_and_trace"]
 
 _IN_ONE_KERNEL = 32
-_ON_HOST = 256  # columns up to which they are brought to the CPU
+_ON_FEW, _ON_HOST = 128, 256  # columns up to which few threads of the host, and more, take less time
+_FEW = 4
 _MOST_THREADS = 8  # sixteen were no faster
+_PATIENCE = 60.0  # seconds until a thread that does not start is an error
+_STARTING = Lock()
 _SQUARINGS = 8
 
 
@@ -145,17 +149,22 @@ def high_power(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _on_host(A: Tensor) -> bool:
-    columns = A.shape[-1]
+    columns, most = A.shape[-1], _ON_HOST if torch.get_num_threads() >= _FEW else _ON_FEW
     several = A.shape[:-2].numel() * _IN_ONE_KERNEL > columns
-    return on_gpu(A) and several and _IN_ONE_KERNEL < columns <= _ON_HOST
+    return on_gpu(A) and several and _IN_ONE_KERNEL < columns <= most
+
+
+def _threads() -> ThreadPoolExecutor:
+    with _STARTING:
+        return _started()
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def _started() -> ThreadPoolExecutor:
     """Eight, or as many as torch was given, each for one matrix at a time."""
     given = torch.get_num_threads()
     count = min(given, _MOST_THREADS)
-    pool, together = ThreadPoolExecutor(count, "pss_param"), Barrier(count)
+    pool, together = ThreadPoolExecutor(count, "pss_param"), Barrier(count, timeout=_PATIENCE)
 
     def alone(_: int) -> None:
         torch.get_num_threads()  # a thread takes on what was said to others when it is first asked, not later

@@ -111,5 +111,5 @@ def _verdict(at: Ritz, index: int, batch: Batch) -> Verdict | None:
     """How many are taken, and what their residuals leave of the tolerance; ``None`` where that is too little."""
     request, S = batch.requests[index], at.S[index]
     k = sum(s > _level(request) for s in S)
-    leak = math.hypot(*at.residual[index][:k]) + batch.rounding + ROUNDING
+    leak = math.hypot(*at.residual[index][:k]) + batch.roundings[index] + ROUNDING
     return Verdict(k, S[k], math.nan, leak, True) if k <= len(S) - _ROOM and leak <= LEAK * request.tol else None

@@ -205,7 +205,7 @@ def directions_together(
     """
     for _, rank, above, tol in asked:
         _check_request(rank, above, tol)
-    return _all_directions([_Asked(*one) for one in asked], generator)
+    return _all_directions([_Asked(*one) for one in asked], generator) if asked else []
 
 
 def _all_directions(asked: list[_Asked], generator: torch.Generator | None) -> list[DominantDirections]:

@@ -11,7 +11,7 @@ import torch
 from batches import without_the_third
 from spectra import gaussian, power, with_spectrum
 
-from pss_param import batch_filter, counts
+from pss_param import batch_filter, below, counts
 from pss_param.certificate import Request
 from pss_param.found import Found
 
@@ -114,6 +114,28 @@ def test_matrices_of_zeros_are_left_to_the_whole_spectrum_and_disturb_no_other()
     assert found.keys() == {1}
     alone = counts.leading([W[1:2]], norms[1:2], [Request()], [0], seed=0)[0]
     torch.testing.assert_close(found[1].S, alone.S, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_what_lies_in_the_rounding_of_squares_is_left_to_the_whole_spectrum(rank: int, dtype: torch.dtype) -> None:
+    unit = torch.zeros(256, 256, dtype=dtype)
+    unit[0, 0] = 1.0
+    for W in (unit, torch.outer(*gaussian(2, 256)).to(dtype)):
+        found = counts.leading([W[None]], norms_of(W[None]), [Request(rank)], [0], seed=0)
+        assert found == {}
+    steep = with_spectrum(256, 256, 10.0 ** (-torch.arange(256.0).double() / 2)).to(dtype)[None]
+    for one in counts.leading([steep], norms_of(steep), [Request(rank)], [0], seed=0).values():
+        assert torch.allclose(one.U.mT @ one.U, torch.eye(rank, dtype=dtype), atol=1e-3)
+
+
+def test_rows_of_large_matrices_are_squared_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for W in (gaussian(300, 20)[None].float(), gaussian(20, 300)[None].float(), gaussian(60, 50).reshape(3, 20, 50)):
+        whole = below.gram_of(W, norms_of(W))
+        with monkeypatch.context() as patch:
+            patch.setattr(below, "_MOST_ELEMENTS", 300)
+            torch.testing.assert_close(below.gram_of(W, norms_of(W)), whole, rtol=1e-12, atol=1e-14)
+        assert whole.diagonal(dim1=-2, dim2=-1).sum(-1).tolist() == pytest.approx([1.0] * len(W))
 
 
 def test_values_of_zero_have_residuals_that_are_numbers() -> None:

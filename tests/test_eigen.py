@@ -30,6 +30,7 @@ def matrices(kind: str, f: int, count: int = 6) -> torch.Tensor:
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eigen, "on_gpu", lambda A: True)
+    monkeypatch.setattr(eigen, "_FEW", 1)
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
@@ -52,11 +53,23 @@ def test_what_the_host_solves_depends_on_nothing_else_in_the_batch() -> None:
     assert all(torch.equal(one[0], all_[1]) for one, all_ in zip(some, eigen.eigh(A), strict=True))
 
 
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize(("shape", "few", "there"), [
+    ((6, 100, 100), 1, True), ((3, 100, 100), 1, False), ((4, 30, 30), 1, False), ((9, 200, 200), 1, True),
+    ((9, 200, 200), 1000, False), ((9, 100, 100), 1000, True), ((99, 300, 300), 1, False),
+])  # fmt: skip
+def test_where_problems_are_solved(
+    shape: tuple[int, ...], few: int, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eigen, "_FEW", few)
+    assert eigen._on_host(torch.empty(shape)) is there
+
+
 def test_the_threads_of_others_are_as_many_as_before() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        eigen._threads.cache_clear()
+        eigen._started.cache_clear()
         pool = eigen._threads()
         assert set(pool.map(lambda _: torch.get_num_threads(), range(12))) == {1}
         assert torch.get_num_threads() == 3
@@ -64,7 +77,7 @@ def test_the_threads_of_others_are_as_many_as_before() -> None:
             assert new.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
-        eigen._threads.cache_clear()
+        eigen._started.cache_clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from spectra import gaussian, power, with_spectrum
 from pss_param.blocks import orthonormal
 from pss_param.certificate import Request
 from pss_param.krylov import Krylov
+from pss_param.smoothing import smooth
 from pss_param.solver import solve_sharded
 from pss_param.spectrum import directions_together, dominant_directions
 
@@ -156,6 +157,16 @@ def test_the_algorithms_for_a_gpu_keep_the_certificate(shape, asked):
         ours = W - (found.U[i].double() * d) @ found.Vh[i].double()
         true = torch.linalg.svdvals(W)[int(found.k[i])] if asked in ("count", "rank") else reached[i]
         assert float((ours - clipped(W, float(true))).norm()) <= (float(found.error[i]) + 1e-6) * float(W.norm())
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_a_float64_matrix_of_rank_one_is_left_as_it_is_on_a_gpu_too():
+    W = torch.outer(*gaussian(2, 256))
+    torch.testing.assert_close(smooth(W), W, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_asked_is_nothing_found():
+    assert directions_together([]) == []
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
