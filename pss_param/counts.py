@@ -38,7 +38,7 @@ from pss_param.below import tops_of
 from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Spectrum, Verdict, by_count, count_of, rank_wanted
 from pss_param.eigen import bound_by_powers, eigvalsh
-from pss_param.filtered import width_for
+from pss_param.filtered import COARSE, width_for
 from pss_param.found import Found
 
 __all__ = ["leading"]
@@ -48,7 +48,6 @@ _SHARES = (8, 4, 2)  # of the columns that blocks may fill which go together
 _FIRST_GROWTH = 4.0  # of the filter whose Ritz values say where the edge lies
 _GROWTH = 9.0  # of the second one, beyond the inverse of the tolerance
 _LEAST = 1e-10  # of an edge over the largest eigenvalue
-_COARSE = 30.0  # values below so many sqrt(eps) S[0] have lost half of their digits in the square
 _UNEVEN = 1e4  # values below so many eps S[0] have left directions that are off by more than 1e-4
 
 
@@ -135,4 +134,4 @@ def _judged(at: Ritz, index: int, batch: Batch) -> tuple[Verdict, float] | None:
 def _least_value(batch: Batch, index: int) -> float:
     """What keeps its digits in squares, and its left direction in a product in the dtype of the matrix."""
     square, product = batch.G.dtype, batch.dtypes[index]
-    return max(_COARSE * math.sqrt(torch.finfo(square).eps), _UNEVEN * torch.finfo(product).eps)
+    return max(COARSE * math.sqrt(torch.finfo(square).eps), _UNEVEN * torch.finfo(product).eps)

@@ -49,7 +49,8 @@ WIDEST = 3
 """A block wider than this share of the matrix costs as much as its whole spectrum."""
 _EXTRA = 8  # columns beyond the wanted ones at the least, else half as many as are wanted
 _LEAK = 0.8  # the share of the tolerance that the residuals may take; what they leave is for the edge
-_COARSE = 30.0  # values below so many sqrt(eps) S[0] have lost half of their digits in the square
+COARSE = 30.0
+"""Values below so many square roots of the rounding unit, times S[0], have lost half of their digits in the square."""
 
 
 class Block(NamedTuple):
@@ -102,7 +103,7 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
         if (
             k == 0
             or width * WIDEST > shape[1]
-            or seen.S[min(k, len(seen.S) - 1)] <= _COARSE * math.sqrt(eps) * seen.S[0]  # zeros have no triplets
+            or seen.S[min(k, len(seen.S) - 1)] <= COARSE * math.sqrt(eps) * seen.S[0]  # zeros have no triplets
         ):
             return None
         if width > len(seen.S) + _EXTRA:

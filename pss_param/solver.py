@@ -17,7 +17,7 @@ A matrix whose pieces lie on several devices is never put together: its iteratio
 
 # Note [Many matrices on a GPU]
 There a pass over a matrix takes as long as reading it, and small eigenvalue problems, one after the other, ten times as
-long. So the matrices of a batch share every kernel, their small eigenvalue problems go to all threads of the host (Note
+long. So the matrices of a batch share every kernel, their small eigenvalue problems go to the threads of the host (Note
 [Many small eigenproblems] in :mod:`pss_param.eigen`), and two passes are spent on finding out how narrow the block may
 be: the guess is the largest of the batch, up to three times what is needed. Up to 1024 Gram matrices serve from the
 start, of all matrices with the same smaller side at once: blocks that are filtered (:mod:`pss_param.counts`,

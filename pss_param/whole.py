@@ -18,9 +18,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from pss_param.below import gram_of
 from pss_param.certificate import Request, Spectrum, judge
 from pss_param.counts import leading
-from pss_param.filtered import WIDEST, dominant_by_filter
+from pss_param.filtered import COARSE, WIDEST, dominant_by_filter
 from pss_param.found import Found
 from pss_param.levels import above_levels
 from pss_param.products import on_gpu, times
@@ -129,7 +130,7 @@ def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
     lowest = max(verdict.edge, request.level or 0.0, 0.0 if math.isnan(verdict.bulk_edge) else verdict.bulk_edge)
     if on_gpu(W) and verdict.k == len(S):
         lowest = float(S[-1])
-    if not (verdict.error <= request.tol and lowest > _COARSE * math.sqrt(eps) * float(S[0])):
+    if not (verdict.error <= request.tol and lowest > COARSE * math.sqrt(eps) * float(S[0])):
         return _whole_by_svd(W / scale.to(W.dtype), request)
     V = V.mT.flip(0)[: verdict.k].to(arithmetic).mT
     product = times(W, V) if arithmetic == W.dtype else torch.cat([r.double() @ V for r in _row_blocks(W)])
@@ -138,9 +139,6 @@ def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
     U, lengths, Vh, residual = (part.to(W.dtype) for part in (U, lengths, V.mT, residual[: verdict.k]))
     return Found(U, lengths, Vh, residual, float(S[0]), verdict)
 
-
-# Values below this many square roots of the rounding unit, times S[0], have lost half of their digits in the square.
-_COARSE = 30.0
 
 _WIDE_GRAM = 64  # columns up to which a Gram matrix in float64 costs little beside its eigenvalues
 
@@ -151,27 +149,17 @@ _LEAF = 256  # columns below which halving a Gram matrix saves nothing
 
 def _gram(W: Tensor, scale: Tensor) -> Tensor:
     """``W^T W / ||W||_F^2``, in float64 where that costs little beside the eigenvalues: if small, and on a GPU."""
-    inverse = 1.0 / scale
     if on_gpu(W):
-        return _wide_gram(W).mul_(inverse.square())
+        return gram_of(W[None], scale[None])[0]
     if W.shape[1] <= _WIDE_GRAM:
         W = W.double()
     product = W.new_empty(W.shape[1], W.shape[1])
     _square_into(product, W)
-    return product.mul_(inverse.square().to(W.dtype))
+    return product.mul_((1.0 / scale).square().to(W.dtype))
 
 
 def _row_blocks(W: Tensor) -> tuple[Tensor, ...]:
     return torch.split(W, max(1, _ROW_BLOCK // W.shape[1]))
-
-
-def _wide_gram(W: Tensor) -> Tensor:
-    """``W^T W`` in float64, of which only some rows at a time are held in it."""
-    product = W.new_zeros(W.shape[1], W.shape[1], dtype=torch.float64)
-    for rows in _row_blocks(W):
-        wide = rows.double()
-        product.addmm_(wide.mT, wide)
-    return product
 
 
 def _square_into(out: Tensor, W: Tensor) -> None:
