@@ -23,7 +23,9 @@ V^T)``: none exceeds ``sqrt(x) <= c + delta``, and at most ``k`` exceed ``c`` (i
     error <= ||R||_F + 2 sqrt(k) delta + rounding,
 
 without any appeal to probability. ``delta`` is chosen as what the tolerance leaves, so that one factorisation,
-``n^3 / 3`` operations, says yes or no. The rounding of ``G`` in float32 is some ``eps S[0]^2`` and is taken off ``x``.
+``n^3 / 3`` operations, says yes or no. Where it costs more than a round does, it waits until ``S[k]``, rising from
+round to round, seems to be within ``delta`` of its place. The rounding of ``G`` in float32 is some ``eps S[0]^2`` and
+is taken off ``x``.
 
 References:
     Zhou, Saad, Tiago and Chelikowsky, "Chebyshev-filtered subspace iteration", J. Comput. Phys. 219 (2006);
@@ -40,6 +42,7 @@ from torch import Tensor
 
 from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Spectrum, Verdict, count_of
+from pss_param.definite import SMALL, positive_definite
 from pss_param.found import Found
 from pss_param.products import times
 
@@ -47,6 +50,8 @@ _ROUNDS = 8
 _DEGREES = (2, 8)  # of one round: beyond it the columns of a block that has not settled grow alike
 WIDEST = 3
 """A block wider than this share of the matrix costs as much as its whole spectrum."""
+_SLOWEST, _TINY = 0.9, 1e-30  # fall of the residuals in a round; zero
+_DROWNED = 1e3  # of a column may be the rounding of the first ones, and leave digits enough to what it stands for
 _EXTRA = 8  # columns beyond the wanted ones at the least, else half as many as are wanted
 _LEAK = 0.8  # the share of the tolerance that the residuals may take; what they leave is for the edge
 COARSE = 30.0
@@ -96,7 +101,8 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
     """
     block = _ritz(gram, orthonormal(start).mT)
     shape, eps = (W.shape[0], W.shape[1]), torch.finfo(W.dtype).eps
-    for _ in range(_ROUNDS):
+    before = None
+    for left in reversed(range(_ROUNDS)):
         seen = _spectrum(block, shape, eps)
         k, decided = count_of(seen, request.rank)
         width = width_for(k)
@@ -109,11 +115,21 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
         if width > len(seen.S) + _EXTRA:
             block = _ritz(gram, orthonormal(_widened(gram, block, width)).mT)
             continue
-        verdict = _proved(gram, block, seen, k, request.tol) if decided else None
+        look = _Look(seen, k, request.tol, _to_come(before, seen, k))
+        verdict = _proved(gram, block, look, waits=left > 0 and shape[1] > SMALL) if decided else None
         if verdict is not None:
             return _found(W, block, seen, scale, verdict)
-        block = _ritz(gram, orthonormal(_filtered(gram, block, _degree(seen, k, request.tol)).mT).mT)
+        block, before = _ritz(gram, orthonormal(_filtered(gram, block, _degree(look)).mT).mT), seen
     return None
+
+
+class _Look(NamedTuple):
+    """What a round has come to, for ``k`` triplets and a tolerance; ``S[k]`` may have ``to_come`` still to rise."""
+
+    seen: Spectrum
+    k: int
+    tol: float
+    to_come: float
 
 
 def _ritz(gram: Tensor, rows: Tensor) -> Block:
@@ -140,14 +156,28 @@ def _widened(gram: Tensor, block: Block, width: int) -> Tensor:
     return torch.cat([block.rows, random @ gram]).mT
 
 
-def _degree(seen: Spectrum, k: int, tol: float) -> int:
-    """What the fall from the present residuals to half of the tolerance asks of the polynomial."""
+def _degree(look: _Look) -> int:
+    """What brings the residuals to half of the tolerance, and ``S[k]`` to its place."""
+    seen, k, tol, to_come = look
     if k >= len(seen.S) or seen.S[-1] <= 0:
         return _DEGREES[0]
-    ratio = max(1.0 + 1e-3, (seen.S[max(0, k - 1)] / seen.S[-1]) ** 2)
-    leak = math.sqrt(sum(r * r for r in seen.residual[:k]))
-    degree = math.ceil(math.log(max(2.0, 4 * leak / tol)) / math.acosh(2 * ratio - 1))
-    return min(max(degree, _DEGREES[0]), _DEGREES[1])
+    leak, edge = _leak(seen, k), _rate(seen, k)
+    degree = max(
+        math.log(max(2.0, 4 * leak / tol)) / _rate(seen, max(0, k - 1)),
+        math.log(max(1.0, to_come / _delta(max(tol - leak, tol / 2), k))) / edge,
+    )
+    most = math.log(_DROWNED / seen.eps) / max(_rate(seen, 0) - edge, _TINY)
+    return max(_DEGREES[0], min(math.ceil(degree), int(most), _DEGREES[1]))
+
+
+def _rate(seen: Spectrum, index: int) -> float:
+    """By how much one degree raises a value over what is filtered out, in logarithms."""
+    return math.acosh(2 * max(1 + 1e-3, (seen.S[index] / seen.S[-1]) ** 2) - 1)
+
+
+def _delta(moved: float, k: int) -> float:
+    """By how much the true ``S[k]`` may exceed its Ritz value."""
+    return moved / (2 * math.sqrt(k))
 
 
 def _filtered(gram: Tensor, block: Block, degree: int) -> Tensor:
@@ -163,15 +193,30 @@ def _filtered(gram: Tensor, block: Block, degree: int) -> Tensor:
     return unit
 
 
-def _proved(gram: Tensor, block: Block, seen: Spectrum, k: int, tol: float) -> Verdict | None:
+def _to_come(before: Spectrum | None, seen: Spectrum, k: int) -> float:
+    """How much ``S[k]`` may still rise, if it goes on as it did, and slows down as the residuals fall."""
+    if before is None or not 0 < k < min(len(seen.S), len(before.S)):
+        return 0.0
+    fall = min(_SLOWEST, _leak(seen, k) / max(_leak(before, k), _TINY))
+    return (seen.S[k] - before.S[k]) * fall / (1 - fall)
+
+
+def _leak(seen: Spectrum, k: int) -> float:
+    return math.hypot(*seen.residual[:k])
+
+
+def _proved(gram: Tensor, block: Block, look: _Look, waits: bool) -> Verdict | None:
     """The verdict of Note [Nothing was missed], if what the residuals leave of the tolerance is enough for it."""
-    leak = math.sqrt(sum(r * r for r in seen.residual[:k])) + seen.rounding
+    seen, k, tol, to_come = look
+    leak = _leak(seen, k) + seen.rounding
     if k >= len(seen.S) or leak > _LEAK * tol:
         return None
     moved = 0.999 * (tol - leak)
-    delta, rounding = moved / (2 * math.sqrt(k)), 8 * seen.eps * seen.S[0] ** 2
+    delta, rounding = _delta(moved, k), 8 * seen.eps * seen.S[0] ** 2
     x = (seen.S[k] + delta) ** 2 - rounding
-    if x <= seen.S[k] ** 2 or not _at_most(gram, block.rows[:k], x, 2 * seen.S[0] ** 2):
+    if (waits and to_come > delta) or x <= seen.S[k] ** 2:
+        return None
+    if not _at_most(gram, block.rows[:k], x, 2 * seen.S[0] ** 2):
         return None
     return Verdict(k, seen.S[k], math.nan, leak + moved, True)
 
@@ -179,7 +224,7 @@ def _proved(gram: Tensor, block: Block, seen: Spectrum, k: int, tol: float) -> V
 def _at_most(gram: Tensor, rows: Tensor, x: float, weight: float) -> bool:
     A = torch.addmm(gram, rows.mT, rows, beta=-1, alpha=weight)
     A.diagonal().add_(x)
-    return int(torch.linalg.cholesky_ex(A).info) == 0
+    return positive_definite(A)
 
 
 def _found(W: Tensor, block: Block, seen: Spectrum, scale: Tensor, verdict: Verdict) -> Found:
