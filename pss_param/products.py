@@ -3,16 +3,16 @@ r"""Products of a matrix with a thin block, by the kernel that its layout asks f
 
 # Note [Which kernel]
 A BLAS takes the same product as one of four calls, by whether the block and the result are stored by rows or by
-columns, and on a CPU they differ by up to ten: with MKL and two threads, 2048 x 2048 times 8 columns takes
+columns, and on a CPU they differ by up to ten. MKL, 2048 x 2048 times 8 columns, in ms with one thread and two:
 
-    W X 2.6 ms, with the columns of X contiguous 1.4;   W^T Y 9.7 ms, as (Y^T W)^T 1.4;
+    W X  1.55, 0.74;   X^T W^T  1.08, 0.83;   W^T Y  19.7, 9.9;   Y^T W  1.16, 0.88.
 
-times 16 columns 1.1 and 2.4, and 768 x 3072 times 8 columns 1.5 against 0.7 and 3.8 against 0.6. Two rules are near
-the best of the four everywhere that was measured (256 x 256 to 4096 x 11008, 8 to 64 columns): blocks keep their
-*columns* contiguous; and where the sum runs down the columns of a matrix stored by rows, the block goes to the left,
-unless it is at least 16 wide and the matrix is tall, or larger than a cache (4096 x 4096 times 16 columns: 11.3 ms from
-the left, 8.6 from the right; with one thread 12.9 and 25.7). A matrix stored by columns is the transpose of one stored
-by rows. So a strided view, such as the transpose of a wide weight, costs no more than the weight itself.
+With the block on the left the kernel is a good one, but the threads hardly share it. So they get a panel of the matrix
+each, as a batch of products: ``X^T W^T`` takes 0.53 and ``Y^T W`` 0.60. At 16 columns and more ``W X`` is shared well
+(0.85; in panels the same), ``Y^T W`` is not (1.20; in panels 0.91); 4096 x 4096 times 16 columns 7.1 and 4.7, times 8
+columns 6.0 and 3.5. Panels of a length that threads do not divide overlap by a few rows or columns. A matrix stored by
+columns is the transpose of one stored by rows, so a strided view, such as the transpose of a wide weight, costs no more
+than the weight itself. Results have their columns contiguous, or their rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FULL_WIDTH = 16
 """Columns that a pass down the rows carries at no more time than half as many, as wide as a register tile."""
 
-_BEYOND_CACHE = 1 << 24
-"""Elements of a matrix from which threads share the products from the right better than those from the left."""
+_LEAST_PANEL = 64
+"""Rows or columns of a matrix that are worth a thread."""
 
 
 def on_gpu(W: Tensor) -> bool:
@@ -57,7 +57,7 @@ def times(W: Tensor | Matrix, X: Tensor, factor: float | Tensor = 1.0) -> Tensor
     """
     if not isinstance(W, Tensor):
         return (W @ X).mul_(factor)
-    return _product(W, X, factor) if _by_rows(W) else _down_the_columns(W.mT, X, factor)
+    return _along_the_rows(W, X, factor) if _by_rows(W) else from_the_left(X.mT, W.mT, factor).mT
 
 
 def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tensor:
@@ -73,22 +73,54 @@ def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tens
     """
     if not isinstance(W, Tensor):
         return (Y.mT @ W).mul_(factor).mT
-    return _down_the_columns(W, Y, factor) if _by_rows(W) else _product(W.mT, Y, factor)
+    return from_the_left(Y.mT, W, factor).mT if _by_rows(W) else _along_the_rows(W.mT, Y, factor)
+
+
+def from_the_left(rows: Tensor, W: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+    """``factor * rows @ W``, a panel of the matrix to each thread: Note [Which kernel].
+
+    Args:
+        rows: ``(..., b, m)``.
+        W: ``(..., m, n)``.
+        factor: a number, or ``(..., 1, 1)``.
+
+    Returns:
+        ``(..., b, n)``.
+
+    Example:
+        >>> from_the_left(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[4., 6.]])
+    """
+    n, panels = W.shape[-1], _panels(W)
+    if panels == 1 or isinstance(factor, Tensor):
+        return _product(rows, W, factor)
+    step = n // panels
+    width = n - step * (panels - 1)
+    parts = W.unfold(1, width, step).transpose(0, 1)
+    found = torch.baddbmm(W.new_empty(1), rows.expand(panels, *rows.shape), parts, beta=0, alpha=factor)
+    if width == step:
+        return found.transpose(0, 1).reshape(rows.shape[0], n)
+    return torch.cat([*found[:-1, :, :step], found[-1]], dim=1)
+
+
+def _panels(W: Tensor) -> int:
+    """As many as threads work on a matrix of a CPU; batches and GPUs divide their work well."""
+    if W.dim() > 2 or W.device.type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads(), W.shape[1] // _LEAST_PANEL))
 
 
 def _by_rows(W: Tensor) -> bool:
     return W.stride(-1) <= W.stride(-2)
 
 
+def _along_the_rows(W: Tensor, X: Tensor, factor: float | Tensor) -> Tensor:
+    """``W X`` of a matrix stored by rows."""
+    thin = W.dim() == 2 and X.shape[-1] < FULL_WIDTH and W.device.type == "cpu"
+    return from_the_left(X.mT, W.mT, factor).mT if thin else _product(W, X, factor)
+
+
 def _product(A: Tensor, B: Tensor, factor: float | Tensor) -> Tensor:
     if isinstance(factor, Tensor) or A.dim() > 2:
         return (A @ B).mul_(factor)
     return torch.addmm(A.new_empty(1), A, B, beta=0, alpha=factor)  # the BLAS multiplies on the way
-
-
-def _down_the_columns(W: Tensor, Y: Tensor, factor: float | Tensor) -> Tensor:
-    """``W^T Y`` of a matrix stored by rows: the sum runs over the rows."""
-    large = W.numel() >= _BEYOND_CACHE and torch.get_num_threads() > 1
-    if Y.shape[-1] >= FULL_WIDTH and (large or W.shape[-2] > W.shape[-1]):
-        return _product(W.mT, Y, factor)
-    return _product(Y.mT, W, factor).mT

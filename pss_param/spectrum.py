@@ -210,12 +210,12 @@ def directions_together(
 
 def _all_directions(asked: list[_Asked], generator: torch.Generator | None) -> list[DominantDirections]:
     prepared = [_prepared(one) for one in asked]
-    with full_precision(asked[0].W.device):
+    with full_precision(asked[0].W.device), torch.inference_mode():
         found = solve([one.solvable for one in prepared], _seed(generator))
-        return [
-            _gathered(those, one.sizes, one.solvable.requests, one.batch, one.solvable.W)
-            for those, one in zip(found, prepared, strict=True)
-        ]
+    return [
+        _gathered(those, one.sizes, one.solvable.requests, one.batch, one.solvable.W)
+        for those, one in zip(found, prepared, strict=True)
+    ]
 
 
 class _Prepared(NamedTuple):
@@ -308,7 +308,7 @@ def _padded(found: list[Found], name: str, batch: torch.Size, like: Tensor) -> T
     """One field of all results, ``(*batch, ...)``."""
     parts: list[Tensor] = [getattr(one, name) for one in found]
     if not batch:
-        return parts[0]
+        return parts[0].clone()  # not one of inference mode, which no gradient may pass by later
     if not parts:
         m, n = like.shape[-2:]
         return like.new_zeros(*batch, *{"U": (m, 0), "Vh": (0, n)}.get(name, (0,)))
