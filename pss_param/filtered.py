@@ -44,7 +44,7 @@ from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Spectrum, Verdict, count_of
 from pss_param.definite import SMALL, positive_definite
 from pss_param.found import Found
-from pss_param.products import times
+from pss_param.products import from_the_left, times
 
 _ROUNDS = 8
 _DEGREES = (2, 8)  # of one round: beyond it the columns of a block that has not settled grow alike
@@ -133,7 +133,7 @@ class _Look(NamedTuple):
 
 
 def _ritz(gram: Tensor, rows: Tensor) -> Block:
-    image = rows @ gram
+    image = from_the_left(rows, gram)
     values, Y = torch.linalg.eigh((image @ rows.mT).double())
     Y = Y.flip(1).mT.to(rows.dtype)
     rows, image, values = Y @ rows, Y @ image, values.flip(0)
@@ -188,7 +188,7 @@ def _filtered(gram: Tensor, block: Block, degree: int) -> Tensor:
     degree = min(degree, int(0.5 * math.log(arithmetic.max) / math.log(4 * top / a)))
     before, now = block.rows, torch.sub(block.image * (2 / a), block.rows)
     for _ in range(degree - 1):
-        before, now = now, torch.addmm(torch.add(before, now, alpha=2), now, gram, beta=-1, alpha=4 / a)
+        before, now = now, from_the_left(now, gram, 4 / a).sub_(torch.add(before, now, alpha=2))
     unit: Tensor = now / torch.linalg.vector_norm(now, dim=1, keepdim=True)
     return unit
 
