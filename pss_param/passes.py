@@ -26,7 +26,8 @@ both sides hold equally many blocks, so looks at it start with the first block a
 # Note [Crowded edges]
 The Gram matrix and its factorisation cost about ``n / 2.5`` columns of a pass, and ``e^7`` is the growth that a
 certificate takes. Passes times columns over ``n`` come out as 0.8 to 1 for trained weights (512 x 512 to 2048 x 2048)
-and as 0.02 to 0.2 for ``S ~ j^-0.5`` and collapsed ones; above 0.4 the Gram matrix takes over.
+and as 0.02 to 0.2 for ``S ~ j^-0.5`` and collapsed ones; above 0.4 the Gram matrix takes over. A block that turns
+out to be too narrow is judged by the one that it will have to be: not by its own last values, among which the edge is.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ __all__ = [
     "crowded",
     "first_look_of_narrow",
     "growth",
+    "growth_beyond",
 ]
 
 _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
+_UNSETTLED = 0.75
 
 _TIGHT, _LOOSE = 3e-4, 3e-3  # of a narrow block: 1/j and collapsed matrices need the same number of passes beyond these
 _SLACK = 0.1  # of a pass: a failed look costs less than a pass too many
@@ -82,6 +85,31 @@ def growth(values: Sequence[Sequence[float]], ranks: Sequence[int], columns: int
         last = min(columns, len(S)) - 1
         ratio = (S[min(k, last)] / max(S[last], 1e-30)) ** 2
         least = min(least, math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
+    return least
+
+
+def growth_beyond(values: Sequence[Sequence[float]], ranks: Sequence[int], columns: int) -> float:
+    """The same for a block wider than the present one, of which only the first values are right.
+
+    Args:
+        values: Ritz values of each matrix of a batch, descending.
+        ranks: how many are wanted of each.
+        columns: of the wider block.
+
+    Returns:
+        The exponent, if the values go on falling as a power, less what those near the edge are too low; the least of
+        the batch.
+
+    Example:
+        >>> round(growth_beyond([[1 / j for j in range(1, 9)]], [4], 16), 2)
+        2.5
+    """
+    least = math.inf
+    for S, k in zip(values, ranks, strict=True):
+        edge, before = min(k, len(S) - 1), min(k, len(S) - 1) // 2
+        slope = math.log(S[before] / max(S[edge], 1e-30)) / math.log((edge + 1) / (before + 1)) if edge else 0.0
+        ratio = max(1.0, columns / (edge + 1)) ** (2 * slope)
+        least = min(least, _UNSETTLED * math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
     return least
 
 

@@ -58,6 +58,7 @@ from pss_param.passes import (
     crowded,
     first_look_of_narrow,
     growth,
+    growth_beyond,
 )
 from pss_param.products import FULL_WIDTH, on_gpu
 from pss_param.sketch import BLOCKS_THAT_PAY, first_block, narrowed, starts_left, tiles
@@ -271,12 +272,18 @@ def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) 
         return True
     if krylov.rank < 2 * columns or not by_count(requests):  # before, the last values are far too low
         return False
-    return crowded(_growth(ritz.S, requests, columns), columns, least)
+    ranks = _ranks(ritz.S, requests)
+    wide = tiles(max(ranks) + OVERSAMPLING)
+    grows = growth(ritz.S, ranks, columns) if wide <= columns else growth_beyond(ritz.S, ranks, wide)
+    return crowded(grows, max(columns, wide), least)
+
+
+def _ranks(values: list[list[float]], requests: list[Request]) -> list[int]:
+    return [rank_wanted(S[0], request) for S, request in zip(values, requests, strict=True)]
 
 
 def _growth(values: list[list[float]], requests: list[Request], columns: int) -> float:
-    ranks = [rank_wanted(S[0], request) for S, request in zip(values, requests, strict=True)]
-    return growth(values, ranks, columns)
+    return growth(values, _ranks(values, requests), columns)
 
 
 def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:
