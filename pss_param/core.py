@@ -128,6 +128,11 @@ class Core:
         self._add(products)
         self.widths.append(products.shape[-1])
 
+    def merge(self) -> None:
+        """Make one block of the last two, of which neither has been there longer than the other."""
+        last = self.widths.pop()
+        self.widths[-1] += last
+
     def values(self) -> list[list[float]]:
         """Ritz values on the right basis, without what goes with them.
 

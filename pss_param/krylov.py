@@ -127,6 +127,7 @@ class Krylov:
 
     core: Core
     basis: Tensor
+    _image: Tensor
     random_columns: int
     young_columns: int
     reached: bool
@@ -213,6 +214,18 @@ class Krylov:
         """
         self._begin(right)
         self._join(orthonormal(right, squares))
+
+    def widen(self, right: Tensor) -> None:
+        """More columns for the first block, as long as it is the only one: one pass.
+
+        Args:
+            right: right directions like those that it began with, ``(n, b)``.
+        """
+        image = self._image
+        self._join(self._apart(orthonormal(right)))
+        self._image = _beside(image, self._image)
+        self.core.merge()
+        self.random_columns += right.shape[-1]
 
     def start_left(self, left: Tensor, squares: Tensor | None = None) -> None:
         """Make the first block of the basis from left directions, which bound what it has not seen: two passes.

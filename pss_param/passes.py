@@ -102,7 +102,7 @@ def growth_beyond(values: Sequence[Sequence[float]], ranks: Sequence[int], colum
 
     Example:
         >>> round(growth_beyond([[1 / j for j in range(1, 9)]], [4], 16), 2)
-        2.5
+        2.75
     """
     least = math.inf
     for S, k in zip(values, ranks, strict=True):

@@ -4,6 +4,7 @@ r"""The first block of an iteration: a sketch no wider than what is wanted asks 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +13,17 @@ from pss_param.blocks import gram, orthonormal
 from pss_param.certificate import OVERSAMPLING, Request, by_count, rank_wanted
 from pss_param.eigen import largest, largest_and_trace
 from pss_param.krylov import Krylov
-from pss_param.products import FULL_WIDTH
+from pss_param.products import FULL_WIDTH, on_gpu
 
-__all__ = ["BLOCKS_THAT_PAY", "first_block", "narrowed", "starts_left", "tiles"]
+__all__ = ["BLOCKS_THAT_PAY", "FirstBlock", "first_block", "narrowed", "starts_left", "tiles"]
 
 BLOCKS_THAT_PAY = 8
 """An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
 the whole spectrum costs less than the small eigenvalue problems on the way."""
 
 _HALF_A_TILE = 8
-"""Columns that are enough for one or two values where depth counts more than width: in a bulk, and if the tolerance is
-loose or the matrix small."""
+"""Columns that are enough for one or two values where depth counts more than width: in a bulk, on a CPU, where a pass
+with twice as many takes up to twice the time, and if the tolerance is loose."""
 
 _SMALL = 1 << 18
 """Elements of a matrix up to which a pass with twice the columns, and what follows it, takes twice the time."""
@@ -43,7 +44,21 @@ def starts_left(requests: list[Request], init: Tensor | None) -> bool:
     return init is not None or not by_count(requests)
 
 
-def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> tuple[Tensor, Tensor | None]:
+class FirstBlock(NamedTuple):
+    """What an iteration begins with.
+
+    Attributes:
+        block: ``(..., n, b)``.
+        squares: its Gram matrix, where it was needed.
+        spare: columns of the sketch that seem not to be needed.
+    """
+
+    block: Tensor
+    squares: Tensor | None = None
+    spare: Tensor | None = None
+
+
+def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> FirstBlock:
     """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already.
 
     Args:
@@ -52,28 +67,29 @@ def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) ->
         init: right directions known from before.
 
     Returns:
-        The block, and its Gram matrix where it was needed.
+        The block.
     """
     least = min(krylov.W.shape[-2:])
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if init is not None:
         known = init.shape[-1]
-        return krylov.left_sketch(min(tiles(known + OVERSAMPLING), least) - known, init), None
+        return FirstBlock(krylov.left_sketch(min(tiles(known + OVERSAMPLING), least) - known, init))
     sketch = krylov.left_sketch if starts_left(requests, init) else krylov.right_sketch
     if all(request.rank is not None for request in requests):
         norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
-        return sketch(min(least, _HALF_A_TILE if norm_alone else tiles(wanted))), None
+        return FirstBlock(sketch(min(least, _HALF_A_TILE if norm_alone else tiles(wanted))))
     small = math.prod(krylov.W.shape) <= _SMALL
+    on_cpu = isinstance(krylov.W, Tensor) and not on_gpu(krylov.W)
     block = sketch(min(least, _HALF_A_TILE if small else FULL_WIDTH))
     while True:  # by doubling: a narrow sketch may be unlucky with the top direction, and a wider one sees further
         held, squares = block.shape[-1], gram(block)
         wanted = _guess(squares) + OVERSAMPLING
-        deep = small or not by_count(requests) or all(request.tol >= _LOOSE for request in requests)
+        deep = on_cpu or small or not by_count(requests) or all(request.tol >= _LOOSE for request in requests)
         best = _HALF_A_TILE if deep and wanted <= _HALF_A_TILE else tiles(wanted)
         columns = min(best, 2 * held, least // BLOCKS_THAT_PAY)
         if columns <= held:
             held = min(held, best)
-            return block[..., :held], squares[..., :held, :held]
+            return FirstBlock(block[..., :held], squares[..., :held, :held], block[..., held:])
         block = torch.cat([block, sketch(columns - held)], dim=-1)
 
 

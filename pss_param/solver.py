@@ -61,7 +61,7 @@ from pss_param.passes import (
     growth_beyond,
 )
 from pss_param.products import FULL_WIDTH, on_gpu
-from pss_param.sketch import BLOCKS_THAT_PAY, first_block, narrowed, starts_left, tiles
+from pss_param.sketch import BLOCKS_THAT_PAY, FirstBlock, first_block, narrowed, starts_left, tiles
 from pss_param.whole import dense, dense_together, is_small_on_gpu
 
 # Up to here the whole spectrum costs less wherever the edge lies inside of a bulk, as in fresh and trained weights
@@ -75,6 +75,8 @@ _WHOLE_BELOW = 256
 _WIDEST = 4
 
 _WIDE_START = 16  # a first block that fills so much of the smaller side gives way to the Gram matrix at once
+
+_NEARLY = 1.1  # of the largest value is what the first block sees it to be, at the least
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_WORKSPACE = 1 << 32  # bytes that the bases of a batch may take; the matrices themselves are not copied
@@ -159,7 +161,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     if init is not None and init.shape[-1] > min(W.shape[-2:]):
         init = None  # wider than the matrix
     left = starts_left([request], init)
-    _start(krylov, left, *first_block(krylov, [request], init))
+    _start(krylov, left, first_block(krylov, [request], init), [request])
     ritz, verdicts = _iterate(krylov, [request], None, cold=not left)
     verdict = verdicts[0]
     return _leading(krylov, ritz, 0, verdict if verdict is not None else _verdict(krylov, ritz, request))
@@ -178,13 +180,12 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     else:
         krylov = Krylov(W, scale, seed)
     from_left = starts_left(requests, init)
-    block, squares = first_block(krylov, requests, init)
-    if block.shape[-1] * _WIDE_START >= least and not from_left:
+    first = first_block(krylov, requests, init)
+    if first.block.shape[-1] * _WIDE_START >= least and not from_left:
         return _all_dense(W, scale, requests, seed)
     if on_gpu(W) and len(requests) > 1 and init is None:
-        columns = narrowed(krylov, block, requests, from_left)
-        block, squares = block[..., :columns], None
-    _start(krylov, from_left, block, squares)
+        first = FirstBlock(first.block[..., : narrowed(krylov, first.block, requests, from_left)])
+    _start(krylov, from_left, first, requests)
     widest = least // _WIDEST
     if on_gpu(W):  # what needs more columns than there is memory for goes on by itself
         widest = min(widest, _CUDA_WORKSPACE // (16 * len(requests) * sum(W.shape[1:])))
@@ -207,8 +208,16 @@ def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Ten
     return U if U.shape[0] < Vh.shape[1] else Vh.mT
 
 
-def _start(krylov: Krylov, left: bool, block: Tensor, squares: Tensor | None) -> None:
-    (krylov.start_left if left else krylov.start)(block, squares)
+def _start(krylov: Krylov, left: bool, first: FirstBlock, requests: list[Request]) -> None:
+    if left:
+        krylov.start_left(first.block, first.squares)
+        return
+    krylov.start(first.block, first.squares)
+    if first.spare is None or not first.spare.shape[-1] or first.spare.dim() > 2:
+        return
+    nearly = [[_NEARLY * S[0]] for S in krylov.core.values()]
+    if max(_ranks(nearly, requests)) + OVERSAMPLING > krylov.random_columns:
+        krylov.widen(first.spare)  # the sketch took a cluster of values for one
 
 
 def _iterate(
