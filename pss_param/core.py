@@ -192,9 +192,9 @@ class Core:
         over_S = Y / have.array(S, Y)[:, None]
         if ritz.L is None:
             return Coordinates(have.given(over_S).mT, have.given(Y).mT, None)
-        in_P, in_L = have.solved(ritz.L, Y), have.solved(ritz.L, over_S)
-        right = have.product(ritz.L[:, self._anchored :], over_S)
-        return Coordinates(*(have.given(part).mT for part in (in_P, right, in_L[:, -self.widths[-1] :])))
+        in_P, right = have.solved(ritz.L, Y), have.product(ritz.L[:, self._anchored :], over_S)
+        in_R = in_P[:, -self.widths[-1] :] / have.array(S, Y)[:, None]
+        return Coordinates(*(have.given(part).mT for part in (in_P, right, in_R)))
 
     def last_squares(self) -> Array:
         """Squared lengths of the columns of the last block of ``P``.

@@ -285,9 +285,9 @@ def _gathered(
     inverse_tops = [1 / (one.top or 1.0) for one in found]
     met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
     return DominantDirections(
-        U=_padded(found, "U", batch, like),
+        U=_lasting(_padded(found, "U", batch, like)),
         S=_padded(found, "S", batch, like) * _factors(sizes, batch, like),
-        Vh=_padded(found, "Vh", batch, like),
+        Vh=_lasting(_padded(found, "Vh", batch, like)),
         edge=edge,
         k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device).reshape(batch),
         stable_rank=stable,
@@ -299,6 +299,11 @@ def _gathered(
     )
 
 
+def _lasting(made: Tensor) -> Tensor:
+    """A tensor that gradients may pass by later, as none of inference mode does."""
+    return made.clone() if made.is_inference() else made
+
+
 def _factors(numbers: list[float], batch: torch.Size, like: Tensor) -> float | Tensor:
     """Of the values of each matrix, ``(*batch, 1)``; a number for a single one."""
     return like.new_tensor(numbers).reshape(*batch, 1) if batch else numbers[0]
@@ -308,7 +313,7 @@ def _padded(found: list[Found], name: str, batch: torch.Size, like: Tensor) -> T
     """One field of all results, ``(*batch, ...)``."""
     parts: list[Tensor] = [getattr(one, name) for one in found]
     if not batch:
-        return parts[0].clone()  # not one of inference mode, which no gradient may pass by later
+        return parts[0]
     if not parts:
         m, n = like.shape[-2:]
         return like.new_zeros(*batch, *{"U": (m, 0), "Vh": (0, n)}.get(name, (0,)))
