@@ -51,7 +51,8 @@ _DEGREES = (2, 8)  # of one round: beyond it the columns of a block that has not
 WIDEST = 3
 """A block wider than this share of the matrix costs as much as its whole spectrum."""
 _SLOWEST, _TINY = 0.9, 1e-30  # fall of the residuals in a round; zero
-_DROWNED = 1e3  # of a column may be the rounding of the first ones, and leave digits enough to what it stands for
+_AFTER_A_NO = 4  # degree where S[k] is farther from its place than it seemed
+_DROWNED = 1e4  # of a column may be the rounding of the first ones, and leave digits enough to what it stands for
 _EXTRA = 8  # columns beyond the wanted ones at the least, else half as many as are wanted
 _LEAK = 0.8  # the share of the tolerance that the residuals may take; what they leave is for the edge
 COARSE = 30.0
@@ -162,9 +163,11 @@ def _degree(look: _Look) -> int:
     if k >= len(seen.S) or seen.S[-1] <= 0:
         return _DEGREES[0]
     leak, edge = _leak(seen, k), _rate(seen, k)
+    too_far = to_come / _delta(max(tol - leak, tol / 2), k)
     degree = max(
         math.log(max(2.0, 4 * leak / tol)) / _rate(seen, max(0, k - 1)),
-        math.log(max(1.0, to_come / _delta(max(tol - leak, tol / 2), k))) / edge,
+        math.log(max(1.0, too_far)) / edge,
+        _AFTER_A_NO if leak <= _LEAK * tol and too_far <= 1 else 0,
     )
     most = math.log(_DROWNED / seen.eps) / max(_rate(seen, 0) - edge, _TINY)
     return max(_DEGREES[0], min(math.ceil(degree), int(most), _DEGREES[1]))

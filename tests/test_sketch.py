@@ -62,7 +62,7 @@ def test_a_matrix_of_zeros_asks_for_no_wide_block():
 @pytest.mark.parametrize(("exponent", "columns"), [(2.0, 8), (0.5, 16)])
 def test_the_first_block_is_as_wide_as_the_stable_rank_asks_for(exponent, columns):
     W = with_values(POWERS[exponent]).float()
-    block, squares = first_block(Krylov(W, frobenius_norm(W[None])[0], 0), [Request()], None)
+    block, squares, _ = first_block(Krylov(W, frobenius_norm(W[None])[0], 0), [Request()], None)
     assert block.shape == (300, columns)  # of the smaller side
     assert torch.allclose(squares, block.double().T @ block.double())
 
@@ -70,7 +70,7 @@ def test_the_first_block_is_as_wide_as_the_stable_rank_asks_for(exponent, column
 def test_known_directions_go_first_and_random_ones_fill_a_tile():
     W = with_values(POWERS[1.0]).float()
     known = torch.linalg.qr(gaussian(400, 5)).Q.float()
-    block, squares = first_block(Krylov(W, frobenius_norm(W[None])[0], 0), [Request()], known)
+    block, squares, _ = first_block(Krylov(W, frobenius_norm(W[None])[0], 0), [Request()], known)
     assert block.shape[1] == tiles(5 + OVERSAMPLING) == 16
     assert torch.equal(block[:, :5], known)
     assert squares is None
