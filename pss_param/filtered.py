@@ -50,7 +50,7 @@ _ROUNDS = 8
 _DEGREES = (2, 8)  # of one round: beyond it the columns of a block that has not settled grow alike
 WIDEST = 3
 """A block wider than this share of the matrix costs as much as its whole spectrum."""
-_SLOWEST, _TINY = 0.9, 1e-30  # fall of the residuals in a round; zero
+_SLOWEST, _TINY = 0.9, 1e-30  # fall of the residuals in a round; what is divided by is no less
 _AFTER_A_NO = 4  # degree where S[k] is farther from its place than it seemed
 _DROWNED = 1e4  # of a column may be the rounding of the first ones, and leave digits enough to what it stands for
 _EXTRA = 8  # columns beyond the wanted ones at the least, else half as many as are wanted
@@ -114,13 +114,14 @@ def dominant_by_filter(W: Tensor, gram: Tensor, scale: Tensor, request: Request,
         ):
             return None
         if width > len(seen.S) + _EXTRA:
-            block = _ritz(gram, orthonormal(_widened(gram, block, width)).mT)
+            block, before = _ritz(gram, orthonormal(_widened(gram, block, width)).mT), None
             continue
         look = _Look(seen, k, request.tol, _to_come(before, seen, k))
         verdict = _proved(gram, block, look, waits=left > 0 and shape[1] > SMALL) if decided else None
         if verdict is not None:
             return _found(W, block, seen, scale, verdict)
-        block, before = _ritz(gram, orthonormal(_filtered(gram, block, _degree(look)).mT).mT), seen
+        degree = _degree(look, torch.finfo(gram.dtype).eps)
+        block, before = _ritz(gram, orthonormal(_filtered(gram, block, degree).mT).mT), seen
     return None
 
 
@@ -157,19 +158,20 @@ def _widened(gram: Tensor, block: Block, width: int) -> Tensor:
     return torch.cat([block.rows, random @ gram]).mT
 
 
-def _degree(look: _Look) -> int:
+def _degree(look: _Look, eps: float) -> int:
     """What brings the residuals to half of the tolerance, and ``S[k]`` to its place."""
     seen, k, tol, to_come = look
     if k >= len(seen.S) or seen.S[-1] <= 0:
         return _DEGREES[0]
-    leak, edge = _leak(seen, k), _rate(seen, k)
-    too_far = to_come / _delta(max(tol - leak, tol / 2), k)
+    leak, edge = _leak(seen, k) + seen.rounding, _rate(seen, k)
+    fits = leak <= _LEAK * tol
+    too_far = to_come / _delta(tol - leak if fits else tol / 2, k)
     degree = max(
         math.log(max(2.0, 4 * leak / tol)) / _rate(seen, max(0, k - 1)),
         math.log(max(1.0, too_far)) / edge,
-        _AFTER_A_NO if leak <= _LEAK * tol and too_far <= 1 else 0,
+        _AFTER_A_NO if fits and too_far <= 1 else 0,
     )
-    most = math.log(_DROWNED / seen.eps) / max(_rate(seen, 0) - edge, _TINY)
+    most = math.log(_DROWNED / eps) / max(_rate(seen, 0) - edge, _TINY)
     return max(_DEGREES[0], min(math.ceil(degree), int(most), _DEGREES[1]))
 
 

@@ -47,7 +47,8 @@ A Krylov space sees each repeated singular value at most as often as the start h
 random columns is kept above the number of wanted values (Musco and Musco 2015 prove convergence independent of gaps
 for that width): when more values turn out to be wanted, fresh Gaussian columns join the next block. They count once the
 block behind theirs is there, three passes later, as those of the start do: before that they could not show a direction
-that was missed.
+that was missed. Columns of the same sketch that were left aside may still be added to the first block while it is the
+only one, and are then as old as the others.
 
 # Note [Bases]
 What a pass back brings is projected out of the basis, and its Gram matrix serves both the look and, as a rule, the
@@ -221,8 +222,9 @@ class Krylov:
         Args:
             right: right directions like those that it began with, ``(n, b)``.
         """
-        image = self._image
-        self._join(self._apart(orthonormal(right)))
+        image, block = self._image, right.clone()
+        self._project(block)
+        self._join(self._apart(orthonormal(block)))
         self._image = _beside(image, self._image)
         self.core.merge()
         self.random_columns += right.shape[-1]

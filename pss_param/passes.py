@@ -49,7 +49,7 @@ __all__ = [
 
 _GROWTH = 7.0
 _PASS_OVER_GRAM = 2.5
-_UNSETTLED = 0.75
+_UNSETTLED, _STEEPEST = 0.75, 16.0  # of a growth that values tell which are too low yet; exponent of a power
 
 _TIGHT, _LOOSE = 3e-4, 3e-3  # of a narrow block: 1/j and collapsed matrices need the same number of passes beyond these
 _SLACK = 0.1  # of a pass: a failed look costs less than a pass too many
@@ -107,7 +107,8 @@ def growth_beyond(values: Sequence[Sequence[float]], ranks: Sequence[int], colum
     least = math.inf
     for S, k in zip(values, ranks, strict=True):
         edge, before = min(k, len(S) - 1), min(k, len(S) - 1) // 2
-        slope = math.log(S[before] / max(S[edge], 1e-30)) / math.log((edge + 1) / (before + 1)) if edge else 0.0
+        fall = math.log(max(S[before], 1e-30) / max(S[edge], 1e-30))
+        slope = min(_STEEPEST, fall / math.log((edge + 1) / (before + 1))) if edge else 0.0
         ratio = max(1.0, columns / (edge + 1)) ** (2 * slope)
         least = min(least, _UNSETTLED * math.acosh(max(2 * ratio - 1, 1 + 1e-6)))
     return least

@@ -26,10 +26,15 @@ if TYPE_CHECKING:
     from pss_param.krylov import Matrix
 
 FULL_WIDTH = 16
-"""Columns that a pass down the rows carries at no more time than half as many, as wide as a register tile."""
+"""Columns of a register tile: from here on the threads share ``W X`` well, and blocks are multiples of it."""
 
 _LEAST_PANEL = 64
 """Rows or columns of a matrix that are worth a thread."""
+
+_LEAST_OVER_OVERLAP = 8  # of a panel, over what it shares with the next one
+
+_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+"""Whether the products of a batch are shared by the threads: other libraries make one after the other."""
 
 
 def on_gpu(W: Tensor) -> bool:
@@ -105,9 +110,17 @@ def from_the_left(rows: Tensor, W: Tensor, factor: float | Tensor = 1.0) -> Tens
 
 def _panels(W: Tensor) -> int:
     """As many as threads work on a matrix of a CPU; batches and GPUs divide their work well."""
-    if W.dim() > 2 or W.device.type != "cpu":
+    if not _is_shared(W):
         return 1
-    return max(1, min(torch.get_num_threads(), W.shape[1] // _LEAST_PANEL))
+    columns = W.shape[1]
+    panels = max(1, min(torch.get_num_threads(), columns // _LEAST_PANEL))
+    while (columns % panels) * _LEAST_OVER_OVERLAP > columns // panels:
+        panels -= 1
+    return panels
+
+
+def _is_shared(W: Tensor) -> bool:
+    return _MKL and W.dim() == 2 and W.device.type == "cpu"
 
 
 def _by_rows(W: Tensor) -> bool:
@@ -116,7 +129,7 @@ def _by_rows(W: Tensor) -> bool:
 
 def _along_the_rows(W: Tensor, X: Tensor, factor: float | Tensor) -> Tensor:
     """``W X`` of a matrix stored by rows."""
-    thin = W.dim() == 2 and X.shape[-1] < FULL_WIDTH and W.device.type == "cpu"
+    thin = X.shape[-1] < FULL_WIDTH and _is_shared(W)
     return from_the_left(X.mT, W.mT, factor).mT if thin else _product(W, X, factor)
 
 

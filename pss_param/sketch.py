@@ -23,7 +23,7 @@ the whole spectrum costs less than the small eigenvalue problems on the way."""
 
 _HALF_A_TILE = 8
 """Columns that are enough for one or two values where depth counts more than width: in a bulk, on a CPU, where a pass
-with twice as many takes up to twice the time, and if the tolerance is loose."""
+with twice as many takes up to twice the time, and otherwise if the tolerance is loose or the matrix small."""
 
 _SMALL = 1 << 18
 """Elements of a matrix up to which a pass with twice the columns, and what follows it, takes twice the time."""
@@ -50,7 +50,7 @@ class FirstBlock(NamedTuple):
     Attributes:
         block: ``(..., n, b)``.
         squares: its Gram matrix, where it was needed.
-        spare: columns of the sketch that seem not to be needed.
+        spare: columns of the sketch that seem not to be needed, on a CPU.
     """
 
     block: Tensor
@@ -89,7 +89,7 @@ def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) ->
         columns = min(best, 2 * held, least // BLOCKS_THAT_PAY)
         if columns <= held:
             held = min(held, best)
-            return FirstBlock(block[..., :held], squares[..., :held, :held], block[..., held:])
+            return FirstBlock(block[..., :held], squares[..., :held, :held], block[..., held:] if on_cpu else None)
         block = torch.cat([block, sketch(columns - held)], dim=-1)
 
 
@@ -112,7 +112,7 @@ def narrowed(krylov: Krylov, block: Tensor, requests: list[Request], left: bool)
 
 
 def tiles(columns: int) -> int:
-    """The next width at which a pass is no slower than a narrower one: Note [Which kernel] in ``products``.
+    """The next width at which a column costs the least: Note [Which kernel] in ``products``.
 
     Args:
         columns: how many are needed.

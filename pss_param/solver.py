@@ -213,11 +213,12 @@ def _start(krylov: Krylov, left: bool, first: FirstBlock, requests: list[Request
         krylov.start_left(first.block, first.squares)
         return
     krylov.start(first.block, first.squares)
-    if first.spare is None or not first.spare.shape[-1] or first.spare.dim() > 2:
+    if first.spare is None or not first.spare.shape[-1]:
         return
     nearly = [[_NEARLY * S[0]] for S in krylov.core.values()]
-    if max(_ranks(nearly, requests)) + OVERSAMPLING > krylov.random_columns:
-        krylov.widen(first.spare)  # the sketch took a cluster of values for one
+    needed = max(_ranks(nearly, requests)) + OVERSAMPLING
+    if needed > krylov.random_columns:  # the sketch took a cluster of values for one
+        krylov.widen(first.spare[:, : tiles(needed) - krylov.random_columns])
 
 
 def _iterate(
@@ -282,9 +283,10 @@ def _too_wide(krylov: Krylov, ritz: Ritz, requests: list[Request], widest: int) 
     if krylov.rank < 2 * columns or not by_count(requests):  # before, the last values are far too low
         return False
     ranks = _ranks(ritz.S, requests)
-    wide = tiles(max(ranks) + OVERSAMPLING)
-    grows = growth(ritz.S, ranks, columns) if wide <= columns else growth_beyond(ritz.S, ranks, wide)
-    return crowded(grows, max(columns, wide), least)
+    needed = max(ranks) + OVERSAMPLING
+    if needed <= columns:
+        return crowded(growth(ritz.S, ranks, columns), columns, least)
+    return crowded(growth_beyond(ritz.S, ranks, tiles(needed)), tiles(needed), least)
 
 
 def _ranks(values: list[list[float]], requests: list[Request]) -> list[int]:

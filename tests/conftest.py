@@ -35,7 +35,7 @@ def both_engines(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "iterated":
             patch.setattr("pss_param.solver._WHOLE_BELOW", 128)
         if request.param == "as on a gpu":
-            for module in ("solver", "whole", "eigen", "krylov"):
+            for module in ("solver", "whole", "eigen", "krylov", "sketch", "definite"):
                 patch.setattr(f"pss_param.{module}.on_gpu", lambda W: True)
             patch.setattr("pss_param.whole.WHOLE_BELOW_ON_GPU", 200)
         yield

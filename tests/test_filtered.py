@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spectra import exact_clip, gaussian, with_spectrum
 
 from pss_param.certificate import Request
+from pss_param.definite import positive_definite
 from pss_param.filtered import dominant_by_filter
 from pss_param.whole import dense
 
@@ -70,6 +71,39 @@ def test_values_close_to_the_edge_do_not_spoil_the_bound(k):
         W = with_spectrum(220, 220, S).float()
         found = filtered(W, Request(rank=k, tol=1e-3), gaussian(220, 30))
         assert found is None or error_of(W, found) <= found.verdict.error
+
+
+def trained(n: int, least: int) -> torch.Tensor:
+    """Values that crowd around the edge, over a flat bulk."""
+    return with_spectrum(n, n, crowded(n, 0.5, 3.0, 1 / least), 1).float()
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
+def test_the_proof_is_not_tried_in_vain_where_it_costs_the_most(tol, monkeypatch):
+    tried = []
+    monkeypatch.setattr("pss_param.filtered.positive_definite", lambda A: tried.append(len(A)) or positive_definite(A))
+    W = trained(520, 8)
+    found = dense(W, torch.linalg.matrix_norm(W).double(), Request(tol=tol), 1)
+    assert found.verdict.error <= tol
+    assert tried == [520]
+
+
+def test_the_last_round_tries_whatever_is_to_come(monkeypatch):
+    monkeypatch.setattr("pss_param.filtered._to_come", lambda *seen: 1.0)
+    W = trained(520, 8)
+    found = filtered(W, Request(tol=1e-2), gaussian(520, 80))
+    assert found is not None
+    assert error_of(W, found) <= found.verdict.error
+
+
+@pytest.mark.parametrize("height", [3.0, 10.0, 30.0])
+def test_values_beside_ones_that_are_far_larger_do_not_drown_in_their_rounding(height):
+    """A polynomial that grows by more than float32 has digits would make all columns of the bulk alike."""
+    j = torch.arange(400, dtype=torch.float64)
+    W = with_spectrum(400, 400, torch.where(j < 5, height, 1 - 0.9 * j / 400), 2).float()
+    found = filtered(W, Request(rank=8, tol=1e-4), gaussian(400, 24))
+    assert found is not None
+    assert error_of(W, found) <= found.verdict.error <= 1e-4
 
 
 def test_many_wanted_values_are_left_to_the_whole_spectrum():

@@ -77,6 +77,37 @@ def test_crowded_edges_are_told_from_their_growth(grows, answer):
     assert passes.crowded(grows, 16, 1024) is answer
 
 
+@given(st.floats(0.1, 2.0), st.integers(2, 40), st.integers(1, 4))
+def test_a_power_law_goes_on_beyond_the_block(exponent, rank, tiles):
+    values, columns = [j**-exponent for j in range(1, 65)], 16 * tiles
+    seen = passes.growth_beyond([values], [rank], columns)
+    # What the wider block will show, as far as 64 columns reach, less the share that is held back.
+    true = passes.growth([values], [rank], columns) if columns > rank else 0.0
+    assert seen == pytest.approx(0.75 * true, rel=1e-6, abs=2e-3)
+
+
+def test_the_least_growth_beyond_a_block_counts():
+    steep, flat = [0.5**j for j in range(20)], [0.99**j for j in range(20)]
+    assert passes.growth_beyond([steep, flat], [10, 10], 32) == passes.growth_beyond([flat], [10], 32)
+    assert passes.growth_beyond([steep], [10], 32) > passes.growth_beyond([flat], [10], 32)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0]])
+def test_growth_beyond_values_of_nothing_is_finite(values):
+    assert 0 < passes.growth_beyond([values], [5], 16) < math.inf
+
+
+def test_a_block_that_was_guessed_too_narrow_is_widened_not_given_up(monkeypatch):
+    """Seventeen values that fall steadily, of which a sketch of sixteen columns saw too few."""
+    monkeypatch.setattr("pss_param.solver.dense", None)  # the Gram matrix would cost four times as much
+    n = 1024
+    S = torch.exp(-0.03 * torch.arange(1, n + 1, dtype=torch.float64))
+    U, V = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(i)).double()).Q for i in (0, 1))
+    found = pss.dominant_directions(((U * S) @ V.T).float())
+    assert int(found.k) == math.floor(float((S / S[0]).square().sum()))
+    assert bool(found.converged)
+
+
 @pytest.mark.parametrize("exponent", [0.5, 0.7, 1.0, 1.5])
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 def test_looks_are_few(exponent, tol, monkeypatch):

@@ -67,6 +67,37 @@ def test_the_first_block_is_as_wide_as_the_stable_rank_asks_for(exponent, column
     assert torch.allclose(squares, block.double().T @ block.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)], ids=str)
+def test_a_first_block_that_is_widened_is_as_good_as_one_that_was_wide(shape, dtype):
+    W = with_values(POWERS[0.7], *shape).to(dtype)
+    wide, widened = (Krylov(W, torch.linalg.matrix_norm(W), 0) for _ in range(2))
+    sketch = wide.right_sketch(16)
+    wide.start(sketch)
+    widened.start(sketch[:, :8])
+    widened.widen(sketch[:, 8:])
+    for _ in range(4):
+        assert widened.random_columns == wide.random_columns == 16
+        assert widened.core.widths == wide.core.widths
+        one, other = wide.ritz(), widened.ritz()
+        assert other.S[0][:8] == pytest.approx(one.S[0][:8], rel=1e-4)
+        assert other.residual[0][:8] == pytest.approx(one.residual[0][:8], rel=0.05, abs=1e-5)
+        torch.testing.assert_close(widened.basis.mT @ widened.basis, torch.eye(widened.rank, dtype=dtype))
+        wide.advance()
+        widened.advance()
+
+
+@pytest.mark.parametrize(("values", "widened"), [([2.0] * 5, True), ([2.0, 0.9], False)])
+def test_a_cluster_that_the_sketch_took_for_one_value_widens_the_first_block(values, widened, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Krylov, "widen", lambda self, right, widen=Krylov.widen: asked.append(1) or widen(self, right))
+    S = torch.cat([torch.tensor(values, dtype=torch.float64), torch.full((600 - len(values),), 1e-2).double()])
+    found = pss.dominant_directions(with_values(S, 600, 700).float())
+    assert int(found.k) == math.floor(float((S / S[0]).square().sum()))
+    assert bool(found.converged)
+    assert bool(asked) is widened
+
+
 def test_known_directions_go_first_and_random_ones_fill_a_tile():
     W = with_values(POWERS[1.0]).float()
     known = torch.linalg.qr(gaussian(400, 5)).Q.float()

@@ -130,7 +130,7 @@ def test_values_of_zero_do_not_spoil_the_gram_matrix(monkeypatch):
 
 @pytest.fixture(params=[128, 1024])
 def _as_on_a_gpu(request, monkeypatch):
-    for name in ("solver", "whole", "eigen", "krylov"):
+    for name in ("solver", "whole", "eigen", "krylov", "sketch", "definite"):
         monkeypatch.setattr(f"pss_param.{name}.on_gpu", lambda W: True)
     monkeypatch.setattr("pss_param.whole.WHOLE_BELOW_ON_GPU", request.param)
 

@@ -316,3 +316,15 @@ def test_norms_at_the_ends_of_float32(scale, batch):
 def test_a_start_of_no_numbers_is_refused():
     with pytest.raises(NonFiniteError, match="init must be finite"):
         dominant_directions(torch.randn(300, 280), init=torch.full((280, 4), math.nan))
+
+
+@pytest.mark.parametrize("shape", [(300, 320), (40, 50), (3, 30, 40), (200, 700)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"above": "bulk"}, {"rank": 0}], ids=str)
+def test_gradients_pass_by_what_was_found(shape, options):
+    """Tensors of inference mode, which the solver works in, may not be saved for a backward pass."""
+    found = dominant_directions(gaussian(*shape).float(), **options)
+    scale = torch.ones((), requires_grad=True)
+    fields = [part for part in vars(found).values() if part.is_floating_point() and part.numel()]
+    sum((scale * part.nan_to_num()).sum() for part in fields).backward()
+    assert not any(part.is_inference() for part in vars(found).values())
+    assert torch.isfinite(scale.grad)
