@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FULL_WIDTH = 16
 """Columns of a register tile: from here on the threads share ``W X`` well, and blocks are multiples of it."""
 
+_LARGE = 1 << 24
+"""Elements from which a GPU was measured with the block on the right."""
+
 _LEAST_PANEL = 64
 """Rows or columns of a matrix that are worth a thread."""
 
@@ -62,7 +65,7 @@ def times(W: Tensor | Matrix, X: Tensor, factor: float | Tensor = 1.0) -> Tensor
     """
     if not isinstance(W, Tensor):
         return (W @ X).mul_(factor)
-    return _along_the_rows(W, X, factor) if _by_rows(W) else from_the_left(X.mT, W.mT, factor).mT
+    return _along_the_rows(W, X, factor) if _by_rows(W) else _down_the_columns(W.mT, X, factor)
 
 
 def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tensor:
@@ -78,7 +81,7 @@ def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tens
     """
     if not isinstance(W, Tensor):
         return (Y.mT @ W).mul_(factor).mT
-    return from_the_left(Y.mT, W, factor).mT if _by_rows(W) else _along_the_rows(W.mT, Y, factor)
+    return _down_the_columns(W, Y, factor) if _by_rows(W) else _along_the_rows(W.mT, Y, factor)
 
 
 def from_the_left(rows: Tensor, W: Tensor, factor: float | Tensor = 1.0) -> Tensor:
@@ -131,6 +134,14 @@ def _along_the_rows(W: Tensor, X: Tensor, factor: float | Tensor) -> Tensor:
     """``W X`` of a matrix stored by rows."""
     thin = X.shape[-1] < FULL_WIDTH and _is_shared(W)
     return from_the_left(X.mT, W.mT, factor).mT if thin else _product(W, X, factor)
+
+
+def _down_the_columns(W: Tensor, Y: Tensor, factor: float | Tensor) -> Tensor:
+    """``W^T Y`` of a matrix stored by rows: the sum runs over the rows."""
+    tall = W.numel() >= _LARGE or W.shape[-2] > W.shape[-1]
+    if on_gpu(W) and tall and Y.shape[-1] >= FULL_WIDTH:
+        return _product(W.mT, Y, factor)
+    return from_the_left(Y.mT, W, factor).mT
 
 
 def _product(A: Tensor, B: Tensor, factor: float | Tensor) -> Tensor:

@@ -76,7 +76,7 @@ _WIDEST = 4
 
 _WIDE_START = 16  # a first block that fills so much of the smaller side gives way to the Gram matrix at once
 
-_NEARLY = 1.1  # of the largest value is what the first block sees it to be, at the least
+_NEARLY = 1.1  # times what the first block sees of it may the largest value be
 
 _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs no faster on a CPU than its matrices
 _CUDA_WORKSPACE = 1 << 32  # bytes that the bases of a batch may take; the matrices themselves are not copied

@@ -88,7 +88,7 @@ def verify_checkpoint(
     """
     where = Path(os.path.abspath(output))
     if not where.exists():
-        raise CheckpointError(f"{output} does not exist")
+        raise CheckpointError(f"{output} does not exist; check the path")
     report = read_report(report_path(where))
     with open_checkpoint(where) as layout:
         digests = reported_digests(report)

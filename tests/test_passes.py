@@ -92,9 +92,23 @@ def test_the_least_growth_beyond_a_block_counts():
     assert passes.growth_beyond([steep], [10], 32) > passes.growth_beyond([flat], [10], 32)
 
 
+@pytest.mark.parametrize("columns", [16, 512])
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0]])
-def test_growth_beyond_values_of_nothing_is_finite(values):
-    assert 0 < passes.growth_beyond([values], [5], 16) < math.inf
+def test_growth_beyond_values_of_nothing_is_finite(values, columns):
+    assert 0 < passes.growth_beyond([values], [5], columns) < math.inf
+
+
+def test_a_norm_alone_is_not_taken_for_a_crowded_edge(monkeypatch):
+    """No value is wanted and no block is too narrow: the iteration goes on until the norm is certain."""
+    monkeypatch.setattr("pss_param.solver.dense", None)
+    n = 1024
+    S = torch.arange(1, n + 1, dtype=torch.float64) ** -0.3
+    U, V = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(i)).double()).Q for i in (0, 1))
+    W = ((U * S) @ V.T).float()
+    looks, look = [], Krylov.ritz
+    monkeypatch.setattr(Krylov, "ritz", lambda self: looks.append(1) or look(self))
+    assert float(pss.spectral_norm(W)) == pytest.approx(1.0, rel=5e-5)
+    assert len(looks) > 1  # the first look did not settle it
 
 
 def test_a_block_that_was_guessed_too_narrow_is_widened_not_given_up(monkeypatch):

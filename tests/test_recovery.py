@@ -163,7 +163,7 @@ def test_verify_without_an_output_and_with_another_source_says_so(pair, tmp_path
         assert run(["verify", str(tmp_path / "out"), "--source", str(wrong)]) == 1
         assert f"{wrong} is not the source of {tmp_path / 'out'}, its report names {good}" in capsys.readouterr().err
     assert run(["verify", str(tmp_path / "nothere")]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nothere'} does not exist\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothere'} does not exist; check the path\n"
     # An output that is damaged itself is that first, whatever it is compared with.
     weights = torch.load(tmp_path / "out", weights_only=True)
     weights["model"][report.changed[0]][0] = 0

@@ -87,6 +87,19 @@ def test_a_first_block_that_is_widened_is_as_good_as_one_that_was_wide(shape, dt
         widened.advance()
 
 
+def test_widening_keeps_the_sketch_where_all_of_it_lies_along_the_first_block(monkeypatch):
+    """A cluster of which both halves are made: what they have in common is taken out, not taken for rounding."""
+    S = torch.cat([torch.full((5,), 2.0), torch.full((295,), 1e-2)]).double()
+    W = with_values(S)
+    krylov = Krylov(W, torch.linalg.matrix_norm(W), 0)
+    sketch = krylov.right_sketch(16)
+    krylov.start(sketch[:, :8])
+    monkeypatch.setattr(Krylov, "_gaussian", None)  # what takes the place of columns that are lost
+    krylov.widen(sketch[:, 8:])
+    basis = krylov.basis
+    torch.testing.assert_close(basis @ (basis.mT @ sketch), sketch)
+
+
 @pytest.mark.parametrize(("values", "widened"), [([2.0] * 5, True), ([2.0, 0.9], False)])
 def test_a_cluster_that_the_sketch_took_for_one_value_widens_the_first_block(values, widened, monkeypatch):
     asked = []

@@ -36,11 +36,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Layout:
         ...     open_checkpoint("no/such/file.safetensors")
         ... except CheckpointError as error:
         ...     print(error)
-        no/such/file.safetensors does not exist
+        no/such/file.safetensors does not exist; check the path
     """
     where = Path(path)
     if not where.exists():
-        raise CheckpointError(f"{where} does not exist")
+        raise CheckpointError(f"{where} does not exist; check the path")
     if where.is_dir():
         return _open_folder(where)
     if not where.is_file():
