@@ -91,6 +91,11 @@ def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     return L, info == 0
 
 
+def _cholesky_on_host(A: Array) -> tuple[Array, Array]:
+    L, info = torch.linalg.cholesky_ex(torch.from_numpy(A))
+    return L.numpy(), info.numpy() == 0
+
+
 def _inverse(L: Tensor) -> Tensor:
     found: Tensor = torch.linalg.solve_triangular(L, identity(L.shape[-1], L.device), upper=False)
     return found
@@ -120,7 +125,7 @@ HOST = Arithmetic(
     at_least=np.maximum,
     at_most=np.minimum,
     product=lambda A, B: A @ B if A.size * B.shape[-1] < _ALONE else _on_host(torch.matmul)(A, B),
-    cholesky=_on_host(_cholesky),
+    cholesky=_cholesky_on_host,
     inverse=_on_host(_inverse),
     solved=_on_host(_solved),
     eigh=_on_host(torch.linalg.eigh),

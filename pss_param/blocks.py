@@ -4,11 +4,11 @@ r"""Orthonormal columns for thin blocks.
 # Note [Blocks]
 Blocks are orthonormalised by their Gram matrix and its Cholesky factor, in products that run at full speed where
 Householder's reflections do not. The Gram matrix of float32 columns is formed in float64, where its squares keep what
-the columns held, and so is the product with the inverse of the factor. What one round leaves is the rounding of
-float64, amplified by the square of how dependent the columns were, of which the diagonal of the factor tells: where its
-least element, over the length of its column, is above 1e-3 (float64 columns: 0.03), the columns are orthonormal at
-once; below it a second round makes them so, and where it falls below 1e-6, or there is no factor, Householder's
-reflections do it after all.
+the columns held. What one round leaves is the rounding of float64, amplified by the square of how dependent the columns
+were, and that of the product with the inverse of the factor, amplified by how dependent they were. Of that the diagonal
+of the factor tells: where its least element, over the length of its column, is above 0.03, the columns are orthonormal
+at once; above 1e-3 those of float32 are if that product is one of float64; below it a second round makes them so, and
+where it falls below 1e-6, or there is no factor, Householder's reflections do it after all.
 
 References:
     Yamamoto et al., "CholeskyQR2", ETNA 44 (2015).
@@ -122,13 +122,14 @@ def orthonormal(block: Tensor, squares: Tensor | None = None) -> Tensor:
         ``(..., m, b)``, columns contiguous; columns that are not independent are completed.
     """
     for _ in range(2):
-        wide = block.double()
-        found = factor(wide.mT @ wide if squares is None else squares)
+        found = factor(gram(block) if squares is None else squares)
         if not found.fall > _SAFE_FALL:
             reflected: Tensor = torch.linalg.qr(block).Q
             return reflected.mT.contiguous().mT
-        block = found.columns(wide).to(block.dtype)
-        if found.fall > (INDEPENDENT if block.dtype == torch.float64 else _INDEPENDENT_IN_FLOAT32):
+        if found.fall > INDEPENDENT:
+            return found.columns(block)
+        block = found.columns(block.double()).to(block.dtype)
+        if found.fall > _INDEPENDENT_IN_FLOAT32 and block.dtype != torch.float64:
             break
         squares = None
     return block

@@ -35,6 +35,7 @@ __all__ = ["Coordinates", "Core", "Ritz"]
 _NEWEST_BLOCKS = 2
 _INDEPENDENT = 1e-3  # the least of a column that may lie outside of all before it, over its length
 _TINY = 1e-300  # stands for zero
+_ROUNDING = float(np.finfo(np.float64).eps)
 _LEAST = 1.5e-8  # of the largest value: below it there is nothing but the rounding of squares
 
 
@@ -221,6 +222,8 @@ class Core:
         last = self.widths[-1]
         corner = L[:, -last:, -last:]
         squares = self._have.product(corner, corner.swapaxes(-1, -2))
+        if self._have.at_hand and sound.all():
+            return squares
         # Without a factor the last block is as good as dependent on the others; a part is no longer than the whole.
         return self._have.where(sound[:, None, None], squares, G[:, -last:, -last:])
 
@@ -230,7 +233,9 @@ class Core:
             return None
         last = self.widths[-1]
         lengths = G.diagonal(0, -2, -1) ** 0.5
-        falls = self._have.where(sound[:, None], L.diagonal(0, -2, -1) / lengths, 0.0)
+        falls = L.diagonal(0, -2, -1) / lengths
+        if not self._have.at_hand:
+            falls = self._have.where(sound[:, None], falls, 0.0)
         inverse = self._have.inverse(L[:, -last:, -last:])
         grown = ((inverse * lengths[:, None, -last:]) ** 2).sum((-2, -1))
         fall, most = self._have.both(falls.min(), grown.max())
@@ -263,7 +268,7 @@ class Core:
 
     def _bound_of_the_rest(self, squares: Array, widths: list[int]) -> Array:
         """``||E||^2`` by Note [A residual without its pass] in :mod:`pss_param.krylov`."""
-        slack = 4 * float(np.finfo(np.float64).eps) * math.sqrt(self._m)
+        slack = 4 * _ROUNDING * math.sqrt(self._m)
         if self.rank < self._n:  # what is left of the norm is known no better than the products
             slack = max(slack, 2 * self._eps)
         bound = self._have.at_least(1.0 + slack - squares.diagonal(0, -2, -1).sum(-1), slack)

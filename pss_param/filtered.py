@@ -44,7 +44,7 @@ from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Spectrum, Verdict, count_of
 from pss_param.definite import SMALL, positive_definite
 from pss_param.found import Found
-from pss_param.products import from_the_left, times
+from pss_param.products import Panels, ThinProducts
 
 _ROUNDS = 8
 _DEGREES = (2, 8)  # of one round: beyond it the columns of a block that has not settled grow alike
@@ -135,7 +135,7 @@ class _Look(NamedTuple):
 
 
 def _ritz(gram: Tensor, rows: Tensor) -> Block:
-    image = from_the_left(rows, gram)
+    image = Panels(gram).behind(rows)
     values, Y = torch.linalg.eigh((image @ rows.mT).double())
     Y = Y.flip(1).mT.to(rows.dtype)
     rows, image, values = Y @ rows, Y @ image, values.flip(0)
@@ -155,7 +155,7 @@ def _widened(gram: Tensor, block: Block, width: int) -> Tensor:
     """The block with new columns ``G Omega`` beside it; generated on the CPU, the same on every device."""
     missing, n = width - block.rows.shape[0], gram.shape[0]
     random = torch.randn(missing, n, generator=torch.Generator().manual_seed(width), device="cpu").to(gram)
-    return torch.cat([block.rows, random @ gram]).mT
+    return torch.cat([block.rows, Panels(gram).behind(random)]).mT
 
 
 def _degree(look: _Look, eps: float) -> int:
@@ -192,8 +192,9 @@ def _filtered(gram: Tensor, block: Block, degree: int) -> Tensor:
     # Columns grow up to (4 top / a)^degree, whose square is to be finite.
     degree = min(degree, int(0.5 * math.log(arithmetic.max) / math.log(4 * top / a)))
     before, now = block.rows, torch.sub(block.image * (2 / a), block.rows)
+    panels = Panels(gram)
     for _ in range(degree - 1):
-        before, now = now, from_the_left(now, gram, 4 / a).sub_(torch.add(before, now, alpha=2))
+        before, now = now, panels.behind(now, 4 / a).sub_(torch.add(before, now, alpha=2))
     unit: Tensor = now / torch.linalg.vector_norm(now, dim=1, keepdim=True)
     return unit
 
@@ -234,7 +235,7 @@ def _at_most(gram: Tensor, rows: Tensor, x: float, weight: float) -> bool:
 
 def _found(W: Tensor, block: Block, seen: Spectrum, scale: Tensor, verdict: Verdict) -> Found:
     Vh = block.rows[: verdict.k].to(W.dtype)
-    product = times(W, Vh.mT)
+    product = ThinProducts(W).times(Vh.mT)
     length = torch.linalg.vector_norm(product, dim=0)
     residual = torch.tensor(seen.residual[: verdict.k], dtype=W.dtype, device=W.device)
     return Found(product / length, length / scale.to(W.dtype), Vh, residual, seen.S[0], verdict)

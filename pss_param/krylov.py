@@ -78,7 +78,7 @@ from torch import Tensor
 from pss_param.arithmetic import DEVICE, HOST
 from pss_param.blocks import INDEPENDENT, factor, gram, orthonormal
 from pss_param.core import Coordinates, Core, Ritz
-from pss_param.products import on_gpu, times, times_t
+from pss_param.products import ThinProducts, on_gpu
 
 
 class Matrix(Protocol):
@@ -138,6 +138,7 @@ class Krylov:
         self._wide = W.shape[-2] < W.shape[-1]
         self._n, self._m = sorted(W.shape[-2:])
         self.inverse_scale = (1.0 / scale).to(W.dtype)[..., None, None] if scale.dim() else 1.0 / float(scale)
+        self._products = ThinProducts(W, self.inverse_scale)
         self._seed = seed
         self._draws = 0
         self._rounding = torch.finfo(W.dtype).eps ** 2  # of a product, over its length, squared
@@ -166,7 +167,7 @@ class Krylov:
         Returns:
             ``(..., m, b)``.
         """
-        return (times_t if self._wide else times)(self.W, V, self.inverse_scale)
+        return (self._products.times_t if self._wide else self._products.times)(V)
 
     def back(self, U: Tensor) -> Tensor:
         """``W^T U / ||W||_F``: one pass.
@@ -177,7 +178,7 @@ class Krylov:
         Returns:
             ``(..., n, b)``.
         """
-        return (times if self._wide else times_t)(self.W, U, self.inverse_scale)
+        return (self._products.times if self._wide else self._products.times_t)(U)
 
     def left_sketch(self, columns: int, known: Tensor | None = None) -> Tensor:
         """Left directions to begin with: one pass, or none where some are known.
@@ -297,7 +298,7 @@ class Krylov:
         P, V, R = held
         Vh = parts.in_V.to(V) @ V.mT
         if parts.in_R is None:
-            P = P[..., P.shape[-2] - self.rank :, :]
+            P = P.narrow(-2, P.shape[-2] - self.rank, self.rank)
         else:
             Vh += parts.in_R.to(V) @ R.mT
         U = (parts.in_P.to(P.device) @ P).to(V.dtype)
@@ -314,20 +315,20 @@ class Krylov:
 
     def _join(self, block: Tensor) -> None:
         """A block of the basis, and its image: one pass."""
-        self._V = _with_room(self._V, self.rank + block.shape[-1])
-        self._V[..., self.rank : self.rank + block.shape[-1], :] = block.mT
-        self.basis = self._V[..., : self.rank + block.shape[-1], :].mT
+        held, added = self.rank, block.shape[-1]
+        self._V = _with_room(self._V, held + added)
+        self._V.narrow(-2, held, added).copy_(block.mT)
+        self.basis = self._V.narrow(-2, 0, held + added).mT
         self._image = self.forth(block)
         self.core.append(self._kept(self._image))
         self.reached = False
 
     def _kept(self, block: Tensor) -> Tensor:
         """Put left directions beside those that are held; the products of all with them."""
-        end = self._P.shape[-2] + block.shape[-1]
-        self._room = _with_room(self._room, end)
-        rows = self._room[..., end - block.shape[-1] : end, :]
-        rows.copy_(block.mT)
-        self._P = self._room[..., :end, :]
+        held, added = self._P.shape[-2], block.shape[-1]
+        self._room = _with_room(self._room, held + added)
+        rows = self._room.narrow(-2, held, added).copy_(block.mT)
+        self._P = self._room.narrow(-2, 0, held + added)
         return self._P @ rows.mT
 
     def _reach(self) -> None:

@@ -52,67 +52,112 @@ def on_gpu(W: Tensor) -> bool:
     return W.is_cuda
 
 
-def times(W: Tensor | Matrix, X: Tensor, factor: float | Tensor = 1.0) -> Tensor:
-    """``factor * W @ X``.
+class ThinProducts:
+    """Products of ``factor * W`` with thin blocks, prepared once: a product of a small matrix takes little longer.
 
     Args:
         W: ``(..., m, n)``.
-        X: ``(..., n, b)``, its columns contiguous.
-        factor: a number, or ``(..., 1, 1)``.
-
-    Returns:
-        ``(..., m, b)``.
-    """
-    if not isinstance(W, Tensor):
-        return (W @ X).mul_(factor)
-    return _along_the_rows(W, X, factor) if _by_rows(W) else _down_the_columns(W.mT, X, factor)
-
-
-def times_t(W: Tensor | Matrix, Y: Tensor, factor: float | Tensor = 1.0) -> Tensor:
-    """``factor * W^T @ Y``.
-
-    Args:
-        W: ``(..., m, n)``.
-        Y: ``(..., m, b)``, its columns contiguous.
-        factor: a number, or ``(..., 1, 1)``.
-
-    Returns:
-        ``(..., n, b)``.
-    """
-    if not isinstance(W, Tensor):
-        return (Y.mT @ W).mul_(factor).mT
-    return _down_the_columns(W, Y, factor) if _by_rows(W) else _along_the_rows(W.mT, Y, factor)
-
-
-def from_the_left(rows: Tensor, W: Tensor, factor: float | Tensor = 1.0) -> Tensor:
-    """``factor * rows @ W``, a panel of the matrix to each thread: Note [Which kernel].
-
-    Args:
-        rows: ``(..., b, m)``.
-        W: ``(..., m, n)``.
-        factor: a number, or ``(..., 1, 1)``.
-
-    Returns:
-        ``(..., b, n)``.
+        factor: a number, or one for each matrix of a batch, ``(B, 1, 1)``.
 
     Example:
-        >>> from_the_left(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> products = ThinProducts(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> products.times(torch.ones(2, 1)).mT, products.times_t(torch.ones(2, 1)).mT
+        (tensor([[3., 7.]]), tensor([[4., 6.]]))
+    """
+
+    def __init__(self, W: Tensor | Matrix, factor: float | Tensor = 1.0) -> None:
+        self._W, self._factor = W, factor
+        self._by_rows = not isinstance(W, Tensor) or W.stride(-1) <= W.stride(-2)
+        self._cut: dict[bool, Panels] = {}
+
+    def times(self, X: Tensor) -> Tensor:
+        """``factor * W @ X``.
+
+        Args:
+            X: ``(..., n, b)``, its columns contiguous.
+
+        Returns:
+            ``(..., m, b)``.
+        """
+        if not isinstance(self._W, Tensor):
+            return (self._W @ X).mul_(self._factor)
+        return self._along_the_rows(self._W, X) if self._by_rows else self._down_the_columns(self._W.mT, X)
+
+    def times_t(self, Y: Tensor) -> Tensor:
+        """``factor * W^T @ Y``.
+
+        Args:
+            Y: ``(..., m, b)``, its columns contiguous.
+
+        Returns:
+            ``(..., n, b)``.
+        """
+        if not isinstance(self._W, Tensor):
+            return (Y.mT @ self._W).mul_(self._factor).mT
+        return self._down_the_columns(self._W, Y) if self._by_rows else self._along_the_rows(self._W.mT, Y)
+
+    def _along_the_rows(self, W: Tensor, X: Tensor) -> Tensor:
+        """``W X`` of a matrix stored by rows."""
+        if X.shape[-1] < FULL_WIDTH and _is_shared(W):
+            return self._panels(W.mT, True).behind(X.mT, self._factor).mT
+        return _product(W, X, self._factor)
+
+    def _down_the_columns(self, W: Tensor, Y: Tensor) -> Tensor:
+        """``W^T Y`` of a matrix stored by rows: the sum runs over the rows."""
+        tall = W.numel() >= _LARGE or W.shape[-2] > W.shape[-1]
+        if on_gpu(W) and tall and Y.shape[-1] >= FULL_WIDTH:
+            return _product(W.mT, Y, self._factor)
+        return self._panels(W, False).behind(Y.mT, self._factor).mT
+
+    def _panels(self, W: Tensor, of_rows: bool) -> Panels:
+        """Kept, since cutting takes a tenth of a product with a matrix of 512 x 512."""
+        if of_rows not in self._cut:
+            self._cut[of_rows] = Panels(W)
+        return self._cut[of_rows]
+
+
+class Panels:
+    """A matrix cut into one panel for each thread: Note [Which kernel].
+
+    Args:
+        W: ``(..., m, n)``; of batches, and where threads are not ours to share, one panel is all.
+
+    Example:
+        >>> Panels(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).behind(torch.ones(1, 2))
         tensor([[4., 6.]])
     """
-    n, panels = W.shape[-1], _panels(W)
-    if panels == 1 or isinstance(factor, Tensor):
-        return _product(rows, W, factor)
-    step = n // panels
-    width = n - step * (panels - 1)
-    parts = W.unfold(1, width, step).transpose(0, 1)
-    found = torch.baddbmm(W.new_empty(1), rows.expand(panels, *rows.shape), parts, beta=0, alpha=factor)
-    if width == step:
-        return found.transpose(0, 1).reshape(rows.shape[0], n)
-    return torch.cat([*found[:-1, :, :step], found[-1]], dim=1)
+
+    def __init__(self, W: Tensor) -> None:
+        self._W, panels = W, _how_many(W)
+        if panels == 1:
+            self._parts = None
+            return
+        self._step = W.shape[1] // panels
+        width = W.shape[1] - self._step * (panels - 1)
+        self._parts = W.unfold(1, width, self._step).transpose(0, 1)
+        self._even, self._unused = width == self._step, W.new_empty(1)
+
+    def behind(self, rows: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+        """``factor * rows @ W``.
+
+        Args:
+            rows: ``(..., b, m)``.
+            factor: a number, or one for each matrix of a batch, ``(B, 1, 1)``.
+
+        Returns:
+            ``(..., b, n)``, its rows contiguous.
+        """
+        if self._parts is None or isinstance(factor, Tensor):
+            return _product(rows, self._W, factor)
+        spread = rows.expand(self._parts.shape[0], *rows.shape)
+        found = torch.baddbmm(self._unused, spread, self._parts, beta=0, alpha=factor)
+        if self._even:
+            return found.transpose(0, 1).reshape(rows.shape[0], self._W.shape[1])
+        return torch.cat([*found[:-1, :, : self._step], found[-1]], dim=1)
 
 
-def _panels(W: Tensor) -> int:
-    """As many as threads work on a matrix of a CPU; batches and GPUs divide their work well."""
+def _how_many(W: Tensor) -> int:
+    """As many panels as threads work on a matrix of a CPU; batches and GPUs divide their work well."""
     if not _is_shared(W):
         return 1
     columns = W.shape[1]
@@ -124,24 +169,6 @@ def _panels(W: Tensor) -> int:
 
 def _is_shared(W: Tensor) -> bool:
     return _MKL and W.dim() == 2 and W.device.type == "cpu"
-
-
-def _by_rows(W: Tensor) -> bool:
-    return W.stride(-1) <= W.stride(-2)
-
-
-def _along_the_rows(W: Tensor, X: Tensor, factor: float | Tensor) -> Tensor:
-    """``W X`` of a matrix stored by rows."""
-    thin = X.shape[-1] < FULL_WIDTH and _is_shared(W)
-    return from_the_left(X.mT, W.mT, factor).mT if thin else _product(W, X, factor)
-
-
-def _down_the_columns(W: Tensor, Y: Tensor, factor: float | Tensor) -> Tensor:
-    """``W^T Y`` of a matrix stored by rows: the sum runs over the rows."""
-    tall = W.numel() >= _LARGE or W.shape[-2] > W.shape[-1]
-    if on_gpu(W) and tall and Y.shape[-1] >= FULL_WIDTH:
-        return _product(W.mT, Y, factor)
-    return from_the_left(Y.mT, W, factor).mT
 
 
 def _product(A: Tensor, B: Tensor, factor: float | Tensor) -> Tensor:

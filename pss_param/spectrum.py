@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -280,8 +280,7 @@ def _gathered(
         )
         for one, size in zip(found, sizes, strict=True)
     ]  # fmt: skip
-    table = torch.tensor(lines if batch else lines[0], dtype=like.dtype, device=like.device).reshape(*batch, 5)
-    edge, stable, top, bulk_edge, error = table.unbind(-1)
+    edge, stable, top, bulk_edge, error = _of_each(lines, batch, like).unbind(-1)
     inverse_tops = [1 / (one.top or 1.0) for one in found]
     met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
     return DominantDirections(
@@ -289,14 +288,20 @@ def _gathered(
         S=_padded(found, "S", batch, like) * _factors(sizes, batch, like),
         Vh=_lasting(_padded(found, "Vh", batch, like)),
         edge=edge,
-        k=torch.tensor([one.verdict.k for one in found], dtype=torch.int64, device=like.device).reshape(batch),
+        k=_of_each([one.verdict.k for one in found], batch, like, torch.int64),
         stable_rank=stable,
         spectral_norm=top,
         bulk_edge=bulk_edge,
         residual=_padded(found, "residual", batch, like) * _factors(inverse_tops, batch, like),
         error=error,
-        converged=torch.tensor(met, dtype=torch.bool, device=like.device).reshape(batch),
+        converged=_of_each(met, batch, like, torch.bool),
     )
+
+
+def _of_each(numbers: list[Any], batch: torch.Size, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What was found of each matrix, ``(*batch, ...)``, where another tensor is."""
+    made = torch.tensor(numbers if batch else numbers[0], dtype=dtype or like.dtype, device=like.device)
+    return made.reshape(*batch, *made.shape[1:]) if batch else made
 
 
 def _lasting(made: Tensor) -> Tensor:

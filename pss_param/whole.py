@@ -24,7 +24,7 @@ from pss_param.counts import leading
 from pss_param.filtered import COARSE, WIDEST, dominant_by_filter
 from pss_param.found import Found
 from pss_param.levels import above_levels
-from pss_param.products import on_gpu, times
+from pss_param.products import ThinProducts, on_gpu
 
 # Below, the eigenvalues of all cost less than the many small operations of a filter (1.6 ms at 192 with one thread).
 _FILTER_FROM = 192
@@ -133,7 +133,7 @@ def _whole(W: Tensor, gram: Tensor, scale: Tensor, request: Request) -> Found:
     if not (verdict.error <= request.tol and lowest > COARSE * math.sqrt(eps) * float(S[0])):
         return _whole_by_svd(W / scale.to(W.dtype), request)
     V = V.mT.flip(0)[: verdict.k].to(arithmetic).mT
-    product = times(W, V) if arithmetic == W.dtype else torch.cat([r.double() @ V for r in _row_blocks(W)])
+    product = ThinProducts(W).times(V) if arithmetic == W.dtype else torch.cat([r.double() @ V for r in _row_blocks(W)])
     length = torch.linalg.vector_norm(product, dim=0)
     U, lengths = product / length, length / scale.to(arithmetic)
     U, lengths, Vh, residual = (part.to(W.dtype) for part in (U, lengths, V.mT, residual[: verdict.k]))
