@@ -193,8 +193,8 @@ class Krylov:
         if known is None:
             return self.forth(self._gaussian(self._n, columns))
         if self._wide:  # its right directions are the left ones here
-            return _beside(known, self._gaussian(self._m, columns))
-        return self.forth(_beside(known, self._gaussian(self._n, columns)))
+            return beside(known, self._gaussian(self._m, columns))
+        return self.forth(beside(known, self._gaussian(self._n, columns)))
 
     def right_sketch(self, columns: int) -> Tensor:
         """Right directions to begin with: one pass.
@@ -226,7 +226,7 @@ class Krylov:
         image, block = self._image, right.clone()
         self._project(block)
         self._join(self._apart(orthonormal(block)))
-        self._image = _beside(image, self._image)
+        self._image = beside(image, self._image)
         self.core.merge()
         self.random_columns += right.shape[-1]
 
@@ -353,7 +353,7 @@ class Krylov:
         if room < last:  # the basis is full with less than R has columns; R's range has no more dimensions
             return self._apart(torch.linalg.svd(R, full_matrices=False).U[..., :room])
         random = self._gaussian(self._n, min(fresh, room - last))
-        return self._apart(orthonormal(_beside(R, random) if random.shape[-1] else R))
+        return self._apart(orthonormal(beside(R, random) if random.shape[-1] else R))
 
     def _apart(self, Q: Tensor) -> Tensor:
         """Orthonormal columns outside of the basis, of orthonormal ones that may be rounding and lie anywhere."""
@@ -383,7 +383,7 @@ class Krylov:
         return block.expand(*self.W.shape[:-2], rows, columns) if len(self.W.shape) > 2 else block
 
 
-def _beside(left: Tensor, right: Tensor) -> Tensor:
+def beside(left: Tensor, right: Tensor) -> Tensor:
     """Columns beside columns, all contiguous."""
     return torch.cat([left.mT, right.mT], dim=-2).mT
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pss_param.blocks import gram, orthonormal
 from pss_param.certificate import OVERSAMPLING, Request, by_count, rank_wanted
 from pss_param.eigen import largest, largest_and_trace
-from pss_param.krylov import Krylov
+from pss_param.krylov import Krylov, beside
 from pss_param.products import FULL_WIDTH, on_gpu
 
 __all__ = ["BLOCKS_THAT_PAY", "FirstBlock", "first_block", "narrowed", "starts_left", "tiles"]
@@ -90,7 +89,7 @@ def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) ->
         if columns <= held:
             held = min(held, best)
             return FirstBlock(block[..., :held], squares[..., :held, :held], block[..., held:] if on_cpu else None)
-        block = torch.cat([block, sketch(columns - held)], dim=-1)
+        block = beside(block, sketch(columns - held))
 
 
 def narrowed(krylov: Krylov, block: Tensor, requests: list[Request], left: bool) -> int:
