@@ -32,7 +32,8 @@ from pss_param.arithmetic import Arithmetic, Array
 
 __all__ = ["Coordinates", "Core", "Ritz"]
 
-_NEWEST_BLOCKS = 2
+_NEWEST_BLOCKS, _FEW = 6, 2
+_SHARE_OF_BASIS = 4
 _INDEPENDENT = 1e-3  # the least of a column that may lie outside of all before it, over its length
 _TINY = 1e-300  # stands for zero
 _ROUNDING = float(np.finfo(np.float64).eps)
@@ -157,7 +158,18 @@ class Core:
         if returned is None:
             return self._right(self._outside(G, L, sound))
         inverse, squares = self._inverse(G, L, sound), self._have.taken(returned)
-        return self._right(squares, returned=True) if inverse is None else self._left(L, inverse, squares)
+        return self._right(squares, measured=True) if inverse is None else self._left(L, inverse, squares)
+
+    def right_ritz(self, returned: Tensor) -> Ritz:
+        """Singular triplets on the right basis behind a pass back, with residuals that this has measured.
+
+        Args:
+            returned: ``R^T R (..., b, b)``.
+
+        Returns:
+            The triplets: one synchronisation with a device.
+        """
+        return self._right(self._have.taken(returned), measured=True)
 
     def ceilings(self, ritz: Ritz, references: Mapping[int, float]) -> dict[int, list[float]]:
         r"""Upper bounds on the singular values of some matrices: Note [Ceilings] in :mod:`pss_param.certificate`.
@@ -242,11 +254,11 @@ class Core:
         # The certificate counts four units times the root of m as rounding.
         return inverse if fall > _INDEPENDENT and most < 4 * self._m else None
 
-    def _right(self, outside: Array, returned: bool = False) -> Ritz:
+    def _right(self, outside: Array, measured: bool = False) -> Ritz:
         """From ``T^T T``, which is met by no more than the unseen rest, or from ``R^T R``."""
         squares = self._buffer[:, self._anchored : self._held, self._anchored : self._held]
         rest = self._bound_of_the_rest(squares, self.widths)
-        return self._ritz(squares, rest, outside if returned else rest[:, None, None] * outside, None)
+        return self._ritz(squares, rest, outside if measured else rest[:, None, None] * outside, None)
 
     def _left(self, L: Array, inverse: Array, returned: Array) -> Ritz:
         last, rows = self.widths[-1], L[:, self._anchored :]
@@ -274,6 +286,8 @@ class Core:
         bound = self._have.at_least(1.0 + slack - squares.diagonal(0, -2, -1).sum(-1), slack)
         for j in range(1, min(_NEWEST_BLOCKS, len(widths) - 1) + 1):
             columns = sum(widths[-j:])
+            if j > _FEW and _SHARE_OF_BASIS * columns > self.rank:
+                break
             seen = 2 + 2 * math.cos(math.pi / (j + 1)) + 2 * math.sqrt(columns / j / self._n)
             newest = self._have.largest(squares[:, -columns:, -columns:])
             bound = self._have.at_most(bound, newest * max(1.0, 4 / seen))

@@ -37,18 +37,19 @@ blocks ``N_j`` of width ``b`` show
 
 of a bulk that reaches down to zero, which is the worst (the last term is the spread that ``b`` random directions find
 by themselves). The newest is asked and the newest two (a third would say 12 % less, and cost more than that): two see
-deeper into a bulk, one has less of what stood above it and has been found by now. The first block of the basis has
-nothing before it to deflate and stays out. This is the one place where the certificate rests on probability: it fails
-where a random block of 8 or more columns, multiplied by ``W`` twice or more, is blind to the top of what it was drawn
-from.
+deeper into a bulk, one has less of what stood above it and has been found by now. Up to six are asked where they are
+but a quarter of a long basis. The first block has nothing before it to deflate and stays out. This is the one place
+where the certificate rests on probability: it fails where a random block of 8 or more columns, multiplied by ``W``
+twice or more, is blind to the top of what it was drawn from.
 
 # Note [Width of the block]
 A Krylov space sees each repeated singular value at most as often as the start has random columns. So the number of
-random columns is kept above the number of wanted values (Musco and Musco 2015 prove convergence independent of gaps
-for that width): when more values turn out to be wanted, fresh Gaussian columns join the next block. They count once the
-block behind theirs is there, three passes later, as those of the start do: before that they could not show a direction
-that was missed. Columns of the same sketch that were left aside may still be added to the first block while it is the
-only one, and are then as old as the others.
+random columns is kept above the number of wanted values (Musco and Musco 2015 prove convergence independent of gaps for
+that width), but for large matrices of a CPU (Note [Narrow blocks] in :mod:`pss_param.narrow`): when more values turn
+out to be wanted, fresh Gaussian columns join the next block. They count once the block behind theirs is there, three
+passes later, as those of the start do: before that they could not show a direction that was missed. Columns of the same
+sketch that were left aside may still be added to the first block while it is the only one, and are then as old as the
+others.
 
 # Note [Bases]
 What a pass back brings is projected out of the basis, and its Gram matrix serves both the look and, as a rule, the
@@ -263,6 +264,14 @@ class Krylov:
             Values, residuals and coordinates.
         """
         return self.core.ritz(self._squares_of_rest if self.reached else None)
+
+    def right_ritz(self) -> Ritz:
+        """The same on the right basis, whose residuals the last pass, one back, has measured.
+
+        Returns:
+            Values, residuals and coordinates.
+        """
+        return self.core.right_ritz(self._squares_of_rest)
 
     def triplets(self, ritz: Ritz, index: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Leading Ritz triplets of one matrix, in scaled units.

@@ -12,6 +12,7 @@ from pss_param.blocks import gram, orthonormal
 from pss_param.certificate import OVERSAMPLING, Request, by_count, rank_wanted
 from pss_param.eigen import largest, largest_and_trace
 from pss_param.krylov import Krylov, beside
+from pss_param.narrow import stays_narrow
 from pss_param.products import FULL_WIDTH, on_gpu
 
 __all__ = ["BLOCKS_THAT_PAY", "FirstBlock", "first_block", "narrowed", "starts_left", "tiles"]
@@ -74,9 +75,10 @@ def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) ->
         known = init.shape[-1]
         return FirstBlock(krylov.left_sketch(min(tiles(known + OVERSAMPLING), least) - known, init))
     sketch = krylov.left_sketch if starts_left(requests, init) else krylov.right_sketch
+    most = FULL_WIDTH if stays_narrow(krylov, requests) else least
     if all(request.rank is not None for request in requests):
         norm_alone = all(request.rank == 0 for request in requests)  # which may be that of a flat matrix
-        return FirstBlock(sketch(min(least, _HALF_A_TILE if norm_alone else tiles(wanted))))
+        return FirstBlock(sketch(min(least, _HALF_A_TILE if norm_alone else min(most, tiles(wanted)))))
     small = math.prod(krylov.W.shape) <= _SMALL
     on_cpu = isinstance(krylov.W, Tensor) and not on_gpu(krylov.W)
     block = sketch(min(least, _HALF_A_TILE if small else FULL_WIDTH))
@@ -85,7 +87,7 @@ def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) ->
         wanted = _guess(squares) + OVERSAMPLING
         deep = on_cpu or small or not by_count(requests) or all(request.tol >= _LOOSE for request in requests)
         best = _HALF_A_TILE if deep and wanted <= _HALF_A_TILE else tiles(wanted)
-        columns = min(best, 2 * held, least // BLOCKS_THAT_PAY)
+        columns = min(best, 2 * held, least // BLOCKS_THAT_PAY, most)
         if columns <= held:
             held = min(held, best)
             return FirstBlock(block[..., :held], squares[..., :held, :held], block[..., held:] if on_cpu else None)

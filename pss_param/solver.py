@@ -4,8 +4,9 @@ r"""Dominant triplets of a batch of matrices: which algorithm serves which matri
 # Note [Which algorithm serves which matrix]
 1. The block iteration of :mod:`pss_param.krylov` serves matrices of which a few values are wanted that stand apart from
    the rest, whatever their size. A narrow sketch says how wide the block should be, the Ritz values whether that was
-   enough, and the bounds on their residuals when to stop.
-2. The filtered Gram matrix of :mod:`pss_param.filtered` serves those where values crowd around the edge, as in trained
+   enough, and the bounds on their residuals when to stop. A large matrix of a CPU has it where many values are wanted
+   too, or where they crowd around the edge, by a block that stays narrow (:mod:`pss_param.narrow`).
+2. The filtered Gram matrix of :mod:`pss_param.filtered` serves others where values crowd around the edge, as in trained
    weights (Note [Crowded edges] in :mod:`pss_param.passes`), and small ones (from 192 to 256), unless a level is asked
    for.
 3. The whole spectrum (:mod:`pss_param.whole`) serves what is left: matrices below 192, flat spectra of which more than
@@ -24,33 +25,34 @@ start, of all matrices with the same smaller side at once: blocks that are filte
 :mod:`pss_param.levels`), or else the whole spectrum (Note [Squares on a GPU] in :mod:`pss_param.whole`).
 
 # Note [What a certificate costs]
-``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has;
-with ``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found,
-and the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual
-may do is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6),
-one with ``S ~ j^-0.5`` 7 to 11 (6 to 14); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`.
-If ``||E||`` itself were known (Note [A residual without its pass] in :mod:`pss_param.krylov`) one of them would be
-saved at most. A trained matrix costs one Gram matrix, half of that for the factorisation which proves that nothing was
-missed, and 5 to 10 products with it. Times over a grid of shapes, spectra and tolerances are in
-``examples/benchmarks/results/spectra.json`` and the README.
+``torch.svd_lowrank`` is told ``k``, the number of iterations and the width, and stops without knowing what it has; with
+``niter`` iterations it makes ``2 niter + 2`` passes. Here ``||W||_F`` is one more reading, ``k`` has to be found, and
+the bound has to come down to the tolerance, not the error: it is 5 to 100 times the error, since what a residual may do
+is more than what it does. A matrix with a few dominant values takes 4 to 6 passes (``svd_lowrank``: 4 to 6), one with
+``S ~ j^-0.5`` 7 to 11 (6 to 14); they are faster ones, by Note [Which kernel] in :mod:`pss_param.products`. If
+``||E||`` itself were known (Note [A residual without its pass] in :mod:`pss_param.krylov`) one of them would be saved
+at most. A trained matrix costs one Gram matrix, half of that for the factorisation which proves that nothing was
+missed, and 5 to 10 products with it; a large one some 10 ``k`` columns of a pass. Times over a grid of shapes, spectra
+and tolerances are in ``examples/benchmarks/results/spectra.json`` and the README.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pss_param.certificate import OVERSAMPLING, Request, Spectrum, Verdict, by_count, judge, leak, rank_wanted
+from pss_param.certificate import OVERSAMPLING, Request, Verdict, by_count, rank_wanted
 from pss_param.core import Ritz
 from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix
+from pss_param.looks import verdict_of, verdicts_of
+from pss_param.narrow import deepen, stays_narrow
 from pss_param.passes import (
     after_first_look,
     after_later_look,
@@ -82,7 +84,6 @@ _CPU_CHUNK = 1 << 14  # elements of W worked on at once: beyond it, a batch runs
 _CUDA_WORKSPACE = 1 << 32  # bytes that the bases of a batch may take; the matrices themselves are not copied
 _WORKSPACE = 4 * 128 * 4  # of a row or column: 128 columns in float64, and as much again on the way
 _ALIGNED = 64  # bytes
-_ROW_BLOCK = 1 << 22  # elements of W that a measurement by rows holds twice
 
 
 class Asked(NamedTuple):
@@ -164,7 +165,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
     _start(krylov, left, first_block(krylov, [request], init), [request])
     ritz, verdicts = _iterate(krylov, [request], None, cold=not left)
     verdict = verdicts[0]
-    return _leading(krylov, ritz, 0, verdict if verdict is not None else _verdict(krylov, ritz, request))
+    return _leading(krylov, ritz, 0, verdict if verdict is not None else verdict_of(krylov, ritz, request))
 
 
 def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> list[Found]:
@@ -217,6 +218,8 @@ def _start(krylov: Krylov, left: bool, first: FirstBlock, requests: list[Request
         return
     nearly = [[_NEARLY * S[0]] for S in krylov.core.values()]
     needed = max(_ranks(nearly, requests)) + OVERSAMPLING
+    if stays_narrow(krylov, requests):
+        needed = min(needed, FULL_WIDTH)
     if needed > krylov.random_columns:  # the sketch took a cluster of values for one
         krylov.widen(first.spare[:, : tiles(needed) - krylov.random_columns])
 
@@ -231,11 +234,20 @@ def _iterate(
     before, passes = math.inf, 0
     while True:
         ritz = krylov.ritz()
-        verdicts = _verdicts(krylov, ritz, requests)
-        missing = max(verdict.k for verdict in verdicts) + OVERSAMPLING - krylov.random_columns
-        known = missing <= 0 and all(verdict.enough for verdict in verdicts)
-        if known or krylov.complete or (widest is not None and _too_wide(krylov, ritz, requests, widest)):
-            return ritz, [verdict if verdict.enough else None for verdict in verdicts]
+        verdicts = verdicts_of(krylov, ritz, requests)
+        wanted = max(verdict.k for verdict in verdicts) + OVERSAMPLING
+        enough = [verdict if verdict.enough else None for verdict in verdicts]
+        if krylov.complete or (wanted <= krylov.random_columns and all(enough)):
+            return ritz, enough
+        too_wide = widest is not None and _too_wide(krylov, ritz, requests, widest)
+        if widest is not None and stays_narrow(krylov, requests):
+            if krylov.random_columns >= FULL_WIDTH and (too_wide or wanted > krylov.random_columns):
+                ritz, verdict = deepen(krylov, requests[0], widest, (ritz, verdicts[0]))
+                return ritz, [verdict]
+            wanted = min(wanted, FULL_WIDTH)
+        if too_wide:
+            return ritz, enough
+        missing = wanted - krylov.random_columns
         fresh = max(0, missing - krylov.young_columns)
         fresh = tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
         worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
@@ -295,63 +307,6 @@ def _ranks(values: list[list[float]], requests: list[Request]) -> list[int]:
 
 def _growth(values: list[list[float]], requests: list[Request], columns: int) -> float:
     return growth(values, _ranks(values, requests), columns)
-
-
-def _verdicts(krylov: Krylov, ritz: Ritz, requests: list[Request]) -> list[Verdict]:
-    spectra, verdicts = [], []
-    for i, request in enumerate(requests):
-        seen = _spectrum(krylov, ritz, i)
-        verdict = judge(seen, request)
-        if verdict.faint and isinstance(krylov.W, Tensor):
-            seen = replace(seen, tail=_tail(_matrix(krylov.W, i), krylov, ritz, i, max(0, len(seen.S) - OVERSAMPLING)))
-            verdict = judge(seen, request)
-        spectra.append(seen)
-        verdicts.append(verdict)
-    return _closer(krylov, ritz, spectra, verdicts, requests)
-
-
-def _closer(
-    krylov: Krylov, ritz: Ritz, spectra: list[Spectrum], verdicts: list[Verdict], requests: list[Request]
-) -> list[Verdict]:
-    """A second look with ceilings, where what they cost may save passes: where the residuals are small enough."""
-    levels, better = {}, list(verdicts)
-    for i, (seen, verdict, request) in enumerate(zip(spectra, verdicts, requests, strict=True)):
-        level = request.level if request.level is not None else verdict.bulk_edge if request.bulk else verdict.edge
-        near = not verdict.enough and verdict.k < len(seen.S) and level > 0
-        if near and leak(seen, level, verdict.k) <= request.tol:
-            levels[i] = level
-    for i, ceilings in krylov.core.ceilings(ritz, levels).items():
-        second = judge(replace(spectra[i], ceilings=ceilings), requests[i])
-        # The ceilings hold down to the first verdict's edge; while much is unseen, the plain residuals may say more.
-        if second.k <= verdicts[i].k and second.error < verdicts[i].error:
-            better[i] = second
-    return better
-
-
-def _verdict(krylov: Krylov, ritz: Ritz, request: Request) -> Verdict:
-    return judge(_spectrum(krylov, ritz, 0), request)
-
-
-def _spectrum(krylov: Krylov, ritz: Ritz, index: int) -> Spectrum:
-    m, n = krylov.W.shape[-2:]
-    return Spectrum(ritz.S[index], ritz.residual[index], (m, n), krylov.complete, torch.finfo(krylov.W.dtype).eps)
-
-
-def _matrix(W: Tensor, index: int) -> Tensor:
-    return W[index] if W.dim() > 2 else W
-
-
-def _tail(W: Tensor, krylov: Krylov, ritz: Ritz, index: int, count: int) -> tuple[int, float]:
-    """Squared norm of one matrix without its leading triplets, measured block of rows by block of rows."""
-    U, S, Vh = krylov.triplets(ritz, index, count)
-    inverse, energy = krylov.inverse_scale, 0.0
-    if isinstance(inverse, Tensor):
-        inverse = inverse[index]
-    rows = max(1, _ROW_BLOCK // W.shape[1])
-    for start in range(0, W.shape[0], rows):
-        rest = W[start : start + rows] * inverse - (U[start : start + rows] * S) @ Vh
-        energy += float(torch.linalg.vector_norm(rest)) ** 2
-    return count, energy
 
 
 def _leading(krylov: Krylov, ritz: Ritz, index: int, verdict: Verdict) -> Found:
