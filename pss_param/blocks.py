@@ -6,9 +6,9 @@ Blocks are orthonormalised by their Gram matrix and its Cholesky factor, in prod
 Householder's reflections do not. The Gram matrix of float32 columns is formed in float64, where its squares keep what
 the columns held. What one round leaves is the rounding of float64, amplified by the square of how dependent the columns
 were, and that of the product with the inverse of the factor, amplified by how dependent they were. Of that the diagonal
-of the factor tells: where its least element, over the length of its column, is above 0.03, the columns are orthonormal
-at once; above 1e-3 those of float32 are if that product is one of float64; below it a second round makes them so, and
-where it falls below 1e-6, or there is no factor, Householder's reflections do it after all.
+of the factor tells: where its least element, over the length of its column, is above 0.2 (float64 columns: 0.03), the
+columns are orthonormal at once; above 1e-3 those of float32 are if that product is one of float64; below it a second
+round makes them so, and where it falls below 1e-6, or there is no factor, Householder's reflections do it after all.
 
 References:
     Yamamoto et al., "CholeskyQR2", ETNA 44 (2015).
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 INDEPENDENT = 0.03
-_INDEPENDENT_IN_FLOAT32 = 1e-3
+_APART_IN_FLOAT32, _INDEPENDENT_IN_FLOAT32 = 0.2, 1e-3
 _SAFE_FALL = 1e-6
 
 
@@ -126,7 +126,7 @@ def orthonormal(block: Tensor, squares: Tensor | None = None) -> Tensor:
         if not found.fall > _SAFE_FALL:
             reflected: Tensor = torch.linalg.qr(block).Q
             return reflected.mT.contiguous().mT
-        if found.fall > INDEPENDENT:
+        if found.fall > (INDEPENDENT if block.dtype == torch.float64 else _APART_IN_FLOAT32):
             return found.columns(block)
         block = found.columns(block.double()).to(block.dtype)
         if found.fall > _INDEPENDENT_IN_FLOAT32 and block.dtype != torch.float64:

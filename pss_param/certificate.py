@@ -20,7 +20,8 @@ quadratic one ``||R[:j]||^2 / (S[k] - S[j] - |R[j]|)`` (Mathias 1998); the small
 and no level of its own, no term of the third exceeds that error: what is hidden are values of ``W`` without its first
 ``k`` triplets, the largest of which lies above ``S[k]`` by no more. That no direction above the
 edge was missed altogether is certain only in probability: the start is Gaussian and wider than the wanted set (Note
-[Width of the block] in :mod:`pss_param.krylov`).
+[Width of the block] in :mod:`pss_param.krylov`), or a term is added for what a narrower one may not see (Note [Narrow
+blocks] in :mod:`pss_param.narrow`).
 
 # Note [Ceilings]
 In the basis of Ritz vectors and their complement, ``W^T W = [[Theta, C^T], [C, M]]`` with ``Theta = diag(S^2)``. For

@@ -36,11 +36,11 @@ blocks ``N_j`` of width ``b`` show
     ||W N_j||^2 >= ||E||^2 (2 + 2 cos(pi / (j + 1)) + 2 sqrt(b / n)) / 4
 
 of a bulk that reaches down to zero, which is the worst (the last term is the spread that ``b`` random directions find
-by themselves). The newest is asked and the newest two (a third would say 12 % less, and cost more than that): two see
-deeper into a bulk, one has less of what stood above it and has been found by now. Up to six are asked where they are
-but a quarter of a long basis. The first block has nothing before it to deflate and stays out. This is the one place
-where the certificate rests on probability: it fails where a random block of 8 or more columns, multiplied by ``W``
-twice or more, is blind to the top of what it was drawn from.
+by themselves). The newest is asked and the newest two (a third would say 12 % less, and cost more than that in a short
+basis): two see deeper into a bulk, one has less of what stood above it and has been found by now. Up to six are asked
+where they are a quarter of the basis at most. The first block has nothing before it to deflate and stays out. Here the
+certificate rests on probability: it fails where a random block of 8 or more columns, multiplied by ``W`` twice or more,
+is blind to the top of what it was drawn from.
 
 # Note [Width of the block]
 A Krylov space sees each repeated singular value at most as often as the start has random columns. So the number of

@@ -17,7 +17,7 @@ each, and the edge may be as high as ``t`` itself, so that
 
     error <= ... + (sqrt(b) + sqrt(k)) (t - c).
 
-Residuals fall, equal values stay equal: where the term of those exceeds the tolerance, the Gram matrix takes over,
+Residuals fall, equal values stay equal: where their term exceeds half of the tolerance, the Gram matrix takes over,
 whose proof needs no luck. Of 7,000 random matrices with clusters of 10 to 60 values, 1e-9 to 0.3 of themselves wide,
 with the edge below and inside of them, none exceeded its bound (worst 0.55 of it); without the term 4 of 435 did, by up
 to 127 times.
@@ -47,15 +47,16 @@ from pss_param.krylov import Krylov
 from pss_param.looks import verdicts_of
 from pss_param.products import on_gpu
 
-__all__ = ["deepen", "hidden", "stays_narrow"]
+__all__ = ["deepen", "hidden", "reaches", "stays_narrow"]
 
 _LARGE = 1536  # at 1024 a Gram matrix takes 0.5 to 1.4 of the time
 _COLUMNS_OF_ONE, _COLUMNS_OF_NONE = 4, 128  # of a basis that may do
-_GRAM = 0.75  # of the widest basis costs as much as the Gram matrix, and a basis the square of its columns
+_GRAM = 0.75  # of the widest basis costs as much as a Gram matrix with a start from the basis so far
 _FIRST_LOOK = 3  # columns of the basis to each value
 _ALIKE, _SIMILAR, _CONVERGED = 0.01, 0.1, 0.15  # of a value; the last over how far values are apart
 _BLOCKS, _BLOCKS_OF_A_DIGIT, _EASY = 8.5, 0.5, 1e-2
-_LEAP, _FIRST_LEAP, _LONGEST_LEAP = 0.5, 3, 2  # the latter over the number of blocks
+_HOPELESS = 2
+_LEAP, _FIRST_LEAP, _LONGEST_LEAP = 0.5, 3, 2  # the number of blocks over the last two are the most at once
 
 
 class _Look(NamedTuple):
@@ -89,6 +90,21 @@ def stays_narrow(krylov: Krylov, requests: list[Request]) -> bool:
     )
 
 
+def reaches(krylov: Krylov, k: int, widest: int, requests: list[Request]) -> bool:
+    """Whether a narrow block that starts anew may find so many values before the Gram matrix would.
+
+    Args:
+        krylov: an iteration with the same matrices.
+        k: how many.
+        widest: columns of a basis that costs no more than the Gram matrix.
+        requests: what is wanted of each matrix.
+
+    Returns:
+        The answer.
+    """
+    return stays_narrow(krylov, requests) and _fits(k, widest)
+
+
 def deepen(krylov: Krylov, request: Request, widest: int, seen: tuple[Ritz, Verdict]) -> tuple[Ritz, Verdict | None]:
     """Go on with a block that is narrower than what is wanted: Note [Narrow blocks].
 
@@ -116,8 +132,7 @@ def deepen(krylov: Krylov, request: Request, widest: int, seen: tuple[Ritz, Verd
 def _look(krylov: Krylov, request: Request, ritz: Ritz, verdict: Verdict) -> _Look:
     if krylov.complete or not verdict.enough:
         return _Look(ritz, verdict)
-    for_good, now = (hidden(ritz, verdict, krylov.random_columns, alike) for alike in (_ALIKE, _SIMILAR))
-    error = math.inf if verdict.error + for_good > request.tol else verdict.error + now
+    error = verdict.error + hidden(ritz, verdict, krylov.random_columns, _SIMILAR)
     return _Look(ritz, replace(verdict, error=error, enough=error <= request.tol))
 
 
@@ -154,6 +169,10 @@ def _later(krylov: Krylov, request: Request, passes: int) -> _Look:
     return _look(krylov, request, ritz, verdicts_of(krylov, ritz, [request])[0])
 
 
+def _fits(k: int, widest: int) -> bool:
+    return _COLUMNS_OF_ONE * k + _COLUMNS_OF_NONE <= widest
+
+
 def _is_early(krylov: Krylov, look: _Look) -> bool:
     return krylov.rank < _FIRST_LOOK * look.verdict.k
 
@@ -161,12 +180,13 @@ def _is_early(krylov: Krylov, look: _Look) -> bool:
 def _is_far(krylov: Krylov, look: _Look, tol: float, widest: int) -> bool:
     """Whether the Gram matrix costs less than what is to come."""
     k = look.verdict.k
-    if not _is_early(krylov, look) and look.verdict.error == math.inf:
-        return True
-    if krylov.rank >= widest or _COLUMNS_OF_ONE * k + _COLUMNS_OF_NONE > widest:
+    if krylov.rank >= widest or not _fits(k, widest):
         return True
     if _is_early(krylov, look):
         return False
+    alike = hidden(look.ritz, look.verdict, krylov.random_columns, _ALIKE)
+    if look.verdict.error - alike <= tol < _HOPELESS * alike or look.verdict.error == math.inf:
+        return True
     to_come = _columns_to_come(look.ritz.S[0], k, krylov.next_columns, tol)
     return to_come**2 - krylov.rank**2 > (_GRAM * widest) ** 2
 

@@ -27,8 +27,8 @@ both sides hold equally many blocks, so looks at it start with the first block a
 The Gram matrix and its factorisation cost about ``n / 2.5`` columns of a pass, and ``e^7`` is the growth that a
 certificate takes. Passes times columns over ``n`` come out as 0.8 to 1 for trained weights (512 x 512 to 2048 x 2048)
 and as 0.02 to 0.2 for ``S ~ j^-0.5`` and collapsed ones; above 0.4 the Gram matrix takes over, or a narrow block
-(:mod:`pss_param.narrow`). A block that turns
-out to be too narrow is judged by the one that it will have to be: not by its own last values, among which the edge is.
+(:mod:`pss_param.narrow`). A block that turns out to be too narrow is judged by the one that it will have to be: not by
+its own last values, among which the edge is.
 """
 
 from __future__ import annotations

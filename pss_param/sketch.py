@@ -59,7 +59,7 @@ class FirstBlock(NamedTuple):
 
 
 def first_block(krylov: Krylov, requests: list[Request], init: Tensor | None) -> FirstBlock:
-    """A sketch as wide as the stable rank asks for, as far as a narrow one can tell; beside what is known already.
+    """A sketch as wide as the stable rank asks for, or as one that stays narrow may be; beside what is known already.
 
     Args:
         krylov: the iteration that is to start.

@@ -52,7 +52,7 @@ from pss_param.filtered import width_for
 from pss_param.found import Found
 from pss_param.krylov import Krylov, Matrix
 from pss_param.looks import verdict_of, verdicts_of
-from pss_param.narrow import deepen, stays_narrow
+from pss_param.narrow import deepen, reaches, stays_narrow
 from pss_param.passes import (
     after_first_look,
     after_later_look,
@@ -191,6 +191,10 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     if on_gpu(W):  # what needs more columns than there is memory for goes on by itself
         widest = min(widest, _CUDA_WORKSPACE // (16 * len(requests) * sum(W.shape[1:])))
     ritz, verdicts = _iterate(krylov, requests, widest, cold=not from_left)
+    if init is not None and None in verdicts and reaches(krylov, _ranks(ritz.S, requests)[0], widest, requests):
+        return _solve_chunk(
+            W, scale, requests, seed, None
+        )  # the block is as wide as what was known: a narrow one is not
     found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
     left = [i for i, one in found.items() if one is None]
     for i in left:
@@ -240,7 +244,7 @@ def _iterate(
         if krylov.complete or (wanted <= krylov.random_columns and all(enough)):
             return ritz, enough
         too_wide = widest is not None and _too_wide(krylov, ritz, requests, widest)
-        if widest is not None and stays_narrow(krylov, requests):
+        if cold and widest is not None and stays_narrow(krylov, requests):
             if krylov.random_columns >= FULL_WIDTH and (too_wide or wanted > krylov.random_columns):
                 ritz, verdict = deepen(krylov, requests[0], widest, (ritz, verdicts[0]))
                 return ritz, [verdict]

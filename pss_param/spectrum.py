@@ -280,7 +280,7 @@ def _gathered(
         )
         for one, size in zip(found, sizes, strict=True)
     ]  # fmt: skip
-    edge, stable, top, bulk_edge, error = _of_each(lines, batch, like).unbind(-1)
+    edge, stable, top, bulk_edge, error = _of_each(lines, batch, like).reshape(*batch, 5).unbind(-1)
     inverse_tops = [1 / (one.top or 1.0) for one in found]
     met = [one.verdict.error <= request.tol for one, request in zip(found, requests, strict=True)]
     return DominantDirections(

@@ -328,3 +328,11 @@ def test_gradients_pass_by_what_was_found(shape, options):
     sum((scale * part.nan_to_num()).sum() for part in fields).backward()
     assert not any(part.is_inference() for part in vars(found).values())
     assert torch.isfinite(scale.grad)
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_a_batch_of_nothing(batch):
+    found = dominant_directions(torch.empty(*batch, 8, 6))
+    assert found.U.shape == (*batch, 8, 0)
+    assert found.Vh.shape == (*batch, 0, 6)
+    assert found.k.shape == found.edge.shape == found.converged.shape == batch
