@@ -192,9 +192,8 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
         widest = min(widest, _CUDA_WORKSPACE // (16 * len(requests) * sum(W.shape[1:])))
     ritz, verdicts = _iterate(krylov, requests, widest, cold=not from_left)
     if init is not None and None in verdicts and reaches(krylov, _ranks(ritz.S, requests)[0], widest, requests):
-        return _solve_chunk(
-            W, scale, requests, seed, None
-        )  # the block is as wide as what was known: a narrow one is not
+        # The block is as wide as what was known, which costs more than a narrow one that starts anew.
+        return _solve_chunk(W, scale, requests, seed, None)
     found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
     left = [i for i, one in found.items() if one is None]
     for i in left:

@@ -26,7 +26,7 @@ REQUESTS = {
 }
 
 
-class ThinProducts:
+class OnlyProducts:
     """A matrix that can be multiplied and nothing else."""
 
     def __init__(self, W: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ def test_thin_products_are_enough_for_any_shape(shape, kind, request_name):
     W = gaussian(*shape) if kind == "flat" else with_spectrum(*shape, power(min(shape), 3.0))
     norm = torch.linalg.matrix_norm(W)
     S = torch.linalg.svdvals(W) / norm
-    found = solve_sharded(ThinProducts(W[None]), norm[None], REQUESTS[request_name], 1, None)
+    found = solve_sharded(OnlyProducts(W[None]), norm[None], REQUESTS[request_name], 1, None)
     k = found.verdict.k
     assert found.verdict.enough
     assert found.verdict.error <= 1e-3
@@ -63,10 +63,10 @@ def test_thin_products_are_enough_for_any_shape(shape, kind, request_name):
 def test_a_warm_start_takes_fewer_passes_where_a_cold_one_takes_many():
     W = with_spectrum(600, 500, power(500, 0.5)).float()
     norm = torch.linalg.matrix_norm(W).double()
-    cold, warm = ThinProducts(W[None]), ThinProducts(W[None])
+    cold, warm = OnlyProducts(W[None]), OnlyProducts(W[None])
     first = solve_sharded(cold, norm[None], Request(rank=20, tol=1e-4), 1, None)
     again = solve_sharded(warm, norm[None], Request(rank=10, tol=1e-4), 1, first.Vh.mT[None])
-    alone = ThinProducts(W[None])
+    alone = OnlyProducts(W[None])
     solve_sharded(alone, norm[None], Request(rank=10, tol=1e-4), 1, None)
     assert warm.passes < alone.passes
     torch.testing.assert_close(again.S, first.S[:10], rtol=1e-3, atol=0)
@@ -75,7 +75,7 @@ def test_a_warm_start_takes_fewer_passes_where_a_cold_one_takes_many():
 def test_a_start_wider_than_the_matrix_is_left_aside():
     W = gaussian(8, 60)
     norm = torch.linalg.matrix_norm(W)
-    found = solve_sharded(ThinProducts(W[None]), norm[None], Request(rank=2), 1, torch.randn(1, 60, 9, dtype=W.dtype))
+    found = solve_sharded(OnlyProducts(W[None]), norm[None], Request(rank=2), 1, torch.randn(1, 60, 9, dtype=W.dtype))
     torch.testing.assert_close(found.S, torch.linalg.svdvals(W)[:2] / norm, rtol=0, atol=3e-3)
 
 
