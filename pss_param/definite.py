@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pss_param.onednn import product
 from pss_param.products import on_gpu
 
 __all__ = ["SMALL", "positive_definite"]
@@ -51,7 +52,7 @@ def positive_definite(A: Tensor) -> bool:
 
 def _eliminate(U: Tensor, beside: Tensor, rest: Tensor) -> None:
     """Take out of the upper triangle of the rest, in place, what a panel has of it."""
-    right = torch.linalg.solve_triangular(U.mT, beside, upper=False)
-    for start in range(0, right.shape[1], 2 * _PANEL):
-        columns = right[:, start:]
-        rest[start : start + 2 * _PANEL, start:].addmm_(columns[:, : 2 * _PANEL].mT, columns, alpha=-1)
+    right = torch.linalg.solve_triangular(U.mT, beside, upper=False).mT.contiguous()
+    for start in range(0, right.shape[0], 2 * _PANEL):
+        end = start + 2 * _PANEL
+        rest[start:end, start:].sub_(product(right[start:end], right[start:].mT))

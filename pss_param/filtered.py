@@ -44,6 +44,7 @@ from pss_param.blocks import orthonormal
 from pss_param.certificate import Request, Spectrum, Verdict, count_of
 from pss_param.definite import SMALL, positive_definite
 from pss_param.found import Found
+from pss_param.onednn import product
 from pss_param.products import Panels, ThinProducts
 
 _ROUNDS = 8
@@ -136,9 +137,9 @@ class _Look(NamedTuple):
 
 def _ritz(gram: Tensor, rows: Tensor) -> Block:
     image = Panels(gram).behind(rows)
-    values, Y = torch.linalg.eigh((image @ rows.mT).double())
+    values, Y = torch.linalg.eigh(product(image, rows.mT).double())
     Y = Y.flip(1).mT.to(rows.dtype)
-    rows, image, values = Y @ rows, Y @ image, values.flip(0)
+    rows, image, values = product(Y, rows), product(Y, image), values.flip(0)
     lengths = torch.linalg.vector_norm(image - values.to(rows.dtype)[:, None] * rows, dim=1)
     numbers = torch.stack([values, lengths.double()]).tolist()
     return Block(rows, image, numbers[0], numbers[1])
@@ -235,7 +236,7 @@ def _at_most(gram: Tensor, rows: Tensor, x: float, weight: float) -> bool:
 
 def _found(W: Tensor, block: Block, seen: Spectrum, scale: Tensor, verdict: Verdict) -> Found:
     Vh = block.rows[: verdict.k].to(W.dtype)
-    product = ThinProducts(W).times(Vh.mT)
-    length = torch.linalg.vector_norm(product, dim=0)
+    image = ThinProducts(W).times(Vh.mT)
+    length = torch.linalg.vector_norm(image, dim=0)
     residual = torch.tensor(seen.residual[: verdict.k], dtype=W.dtype, device=W.device)
-    return Found(product / length, length / scale.to(W.dtype), Vh, residual, seen.S[0], verdict)
+    return Found(image / length, length / scale.to(W.dtype), Vh, residual, seen.S[0], verdict)

@@ -17,10 +17,13 @@ than the weight itself. Results have their columns contiguous, or their rows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pss_param import onednn
 
 if TYPE_CHECKING:
     from pss_param.krylov import Matrix
@@ -98,7 +101,8 @@ class ThinProducts:
 
     def _along_the_rows(self, W: Tensor, X: Tensor) -> Tensor:
         """``W X`` of a matrix stored by rows."""
-        if X.shape[-1] < FULL_WIDTH and _is_shared(W):
+        columns = X.shape[-1]
+        if onednn.serves(W, columns) or (columns < FULL_WIDTH and _is_shared(W)):
             return self._panels(W.mT, True).behind(X.mT, self._factor).mT
         return _product(W, X, self._factor)
 
@@ -117,7 +121,7 @@ class ThinProducts:
 
 
 class Panels:
-    """A matrix cut into one panel for each thread: Note [Which kernel].
+    """A matrix for products with thin rows before it: by oneDNN, or cut into one panel for each thread.
 
     Args:
         W: ``(..., m, n)``; of batches, and where threads are not ours to share, one panel is all.
@@ -128,14 +132,7 @@ class Panels:
     """
 
     def __init__(self, W: Tensor) -> None:
-        self._W, panels = W, _how_many(W)
-        if panels == 1:
-            self._parts = None
-            return
-        self._step = W.shape[1] // panels
-        width = W.shape[1] - self._step * (panels - 1)
-        self._parts = W.unfold(1, width, self._step).transpose(0, 1)
-        self._even, self._unused = width == self._step, W.new_empty(1)
+        self._W = W
 
     def behind(self, rows: Tensor, factor: float | Tensor = 1.0) -> Tensor:
         """``factor * rows @ W``.
@@ -147,13 +144,34 @@ class Panels:
         Returns:
             ``(..., b, n)``, its rows contiguous.
         """
-        if self._parts is None or isinstance(factor, Tensor):
+        if onednn.serves(self._W, rows.shape[-2]):
+            return onednn.product(rows, self._W).mul_(factor)
+        cut = self._cut
+        if cut is None or isinstance(factor, Tensor):
             return _product(rows, self._W, factor)
-        spread = rows.expand(self._parts.shape[0], *rows.shape)
-        found = torch.baddbmm(self._unused, spread, self._parts, beta=0, alpha=factor)
-        if self._even:
+        spread = rows.expand(cut.parts.shape[0], *rows.shape)
+        found = torch.baddbmm(cut.unused, spread, cut.parts, beta=0, alpha=factor)
+        if cut.even:
             return found.transpose(0, 1).reshape(rows.shape[0], self._W.shape[1])
-        return torch.cat([*found[:-1, :, : self._step], found[-1]], dim=1)
+        return torch.cat([*found[:-1, :, : cut.step], found[-1]], dim=1)
+
+    @cached_property
+    def _cut(self) -> _Cut | None:
+        W, panels = self._W, _how_many(self._W)
+        if panels == 1:
+            return None
+        step = W.shape[1] // panels
+        width = W.shape[1] - step * (panels - 1)
+        return _Cut(W.unfold(1, width, step).transpose(0, 1), step, width == step, W.new_empty(1))
+
+
+class _Cut(NamedTuple):
+    """Panels ``(p, m, width)``, each ``step`` columns behind the one before."""
+
+    parts: Tensor
+    step: int
+    even: bool
+    unused: Tensor
 
 
 def _how_many(W: Tensor) -> int:
