@@ -44,7 +44,7 @@ def serves(W: Tensor, rows: int) -> bool:
         and W.dim() == 2
         and W.device.type == "cpu"
         and (W.is_contiguous() or W.mT.is_contiguous())
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and _linear() is not None
     )
 
@@ -69,8 +69,9 @@ def product(rows: Tensor, W: Tensor) -> Tensor:
 
 @cache
 def _linear() -> Callable[..., Tensor] | None:
-    """oneDNN's ``X W^T``; ``None`` where torch comes without it, or gains nothing by it."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+    """``X W^T`` by oneDNN; ``None`` where torch comes without it, or gains nothing by it."""
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not built or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return None if found is None else found.default
