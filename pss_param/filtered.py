@@ -229,7 +229,7 @@ def _proved(gram: Tensor, block: Block, look: _Look, waits: bool) -> Verdict | N
 
 
 def _at_most(gram: Tensor, rows: Tensor, x: float, weight: float) -> bool:
-    A = torch.addmm(gram, rows.mT, rows, beta=-1, alpha=weight)
+    A = product(rows.mT, weight * rows).sub_(gram)
     A.diagonal().add_(x)
     return positive_definite(A)
 

@@ -39,8 +39,8 @@ def serves(W: Tensor, rows: int) -> bool:
         The answer; no for batches, for other dtypes and devices, and for matrices with gaps.
     """
     return (
-        W.dtype == torch.float32
-        and (rows + _GAIN_OF_READING) * W.numel() >= _LEAST
+        (rows + _GAIN_OF_READING) * W.numel() >= _LEAST
+        and W.dtype == torch.float32
         and W.dim() == 2
         and W.device.type == "cpu"
         and (W.is_contiguous() or W.mT.is_contiguous())

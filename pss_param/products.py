@@ -13,6 +13,9 @@ each, as a batch of products: ``X^T W^T`` takes 0.53 and ``Y^T W`` 0.60. At 16 c
 columns 6.0 and 3.5. Panels of a length that threads do not divide overlap by a few rows or columns. A matrix stored by
 columns is the transpose of one stored by rows, so a strided view, such as the transpose of a wide weight, costs no more
 than the weight itself. Results have their columns contiguous, or their rows.
+
+All of this is about float64, small matrices, and CPUs without 512-bit registers: large float32 ones are another
+library's (Note [Two libraries] in :mod:`pss_param.onednn`), which shares them well from either side.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ from pss_param.passes import (
 )
 from pss_param.products import FULL_WIDTH, on_gpu
 from pss_param.sketch import BLOCKS_THAT_PAY, FirstBlock, first_block, narrowed, starts_left, tiles
-from pss_param.whole import dense, dense_together, is_small_on_gpu
+from pss_param.whole import dense, dense_together, from_the_left, is_small_on_gpu
 
 # Up to here the whole spectrum costs less wherever the edge lies inside of a bulk, as in fresh and trained weights
 # (measured with one thread at 256 x 256: 4.4 ms against 9 to 17 ms; S ~ j^-0.5: equal; a handful of values far above
@@ -197,7 +197,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     found = dict(enumerate(_all_leading(krylov, ritz, verdicts)))
     left = [i for i, one in found.items() if one is None]
     for i in left:
-        found[i] = dense(W[i], scale[i], requests[i], seed, _directions(krylov, ritz, i, requests[i]))
+        found[i] = dense(W[i], scale[i], requests[i], seed, _directions(W[i], krylov, ritz, i, requests[i]))
     return [one for one in found.values() if one is not None]
 
 
@@ -205,11 +205,11 @@ def _all_dense(W: Tensor, scale: Tensor, requests: list[Request], seed: int) -> 
     return [dense(*one, seed) for one in zip(W, scale, requests, strict=True)]
 
 
-def _directions(krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
-    """As many Ritz vectors of the smaller side as the start had columns, or more if the filter wants them."""
+def _directions(W: Tensor, krylov: Krylov, ritz: Ritz, index: int, request: Request) -> Tensor:
+    """As many Ritz vectors of the Gram matrix's side as the start had columns, or more if the filter wants them."""
     k = rank_wanted(ritz.S[index][0], request)
     U, _, Vh = krylov.triplets(ritz, index, min(max(krylov.random_columns, width_for(k)), krylov.rank))
-    return U if U.shape[0] < Vh.shape[1] else Vh.mT
+    return U if from_the_left(W) else Vh.mT
 
 
 def _start(krylov: Krylov, left: bool, first: FirstBlock, requests: list[Request]) -> None:

@@ -44,12 +44,12 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
         scale: ``||W||_F``, not zero.
         request: what is wanted.
         seed: of random columns.
-        start: directions of the smaller side that are known already, ``(min(m, n), b)``.
+        start: directions that are known already, ``(min(m, n), b)``, of the side that :func:`from_the_left` tells.
 
     Returns:
         The triplets with their certificate.
     """
-    if W.shape[0] < W.shape[1]:
+    if from_the_left(W):
         return dense(W.mT, scale, request, seed, start).of_transpose
     m, n = W.shape
     # The least value of a nearly square matrix is lost in the square.
@@ -67,6 +67,19 @@ def dense(W: Tensor, scale: Tensor, request: Request, seed: int, start: Tensor |
         if found is not None:
             return found
     return _whole(W, gram, scale, request)
+
+
+def from_the_left(W: Tensor) -> bool:
+    """Whether the Gram matrix is ``W W^T``: of the smaller side, or of the rows of a square matrix that lie in a row.
+
+    Args:
+        W: ``(m, n)``.
+
+    Returns:
+        The answer.
+    """
+    m, n = W.shape
+    return m < n or (m == n and W.stride(1) < W.stride(0) and not on_gpu(W))
 
 
 def is_small_on_gpu(W: Tensor) -> bool:
@@ -165,7 +178,7 @@ def _row_blocks(W: Tensor) -> tuple[Tensor, ...]:
 
 
 def _square_into(out: Tensor, rows: Tensor) -> None:
-    """``rows @ rows^T``, one of its two equal halves copied: 0.55 of the time at 2048, 0.8 at 1024."""
+    """``rows @ rows^T``, one of its two equal halves copied: 0.7 of the time at 4096, 0.85 at 2048."""
     half = rows.shape[0] // 2
     if 2 * half <= _LEAF:
         out.copy_(onednn.product(rows, rows.mT))

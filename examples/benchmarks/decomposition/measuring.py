@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,27 +49,49 @@ class Pick(NamedTuple):
     call: Callable[[], Triplets]
 
 
-def cheapest(made: Case, target: float, calls: list[Callable[[], Triplets]], ours_s: float) -> Pick | Missed:
+@dataclass
+class Trial:
+    """One way of calling a rival, tried once: what misses one target is not tried for a smaller one."""
+
+    made: Case
+    call: Callable[[], Triplets]
+
+    @cached_property
+    def outcome(self) -> tuple[float, float]:
+        """Seconds of one call, and the error of what it found."""
+        torch.manual_seed(0)
+        seconds, found = timed(self.call)
+        return seconds, self.made.error(found)
+
+
+Trials = dict[str, list[Trial]]
+
+
+def trials(made: Case) -> Trials:
+    """All rivals of one matrix with all their settings, none tried yet."""
+    return {name: [Trial(made, call) for call in calls] for name, calls in settings(made).items()}
+
+
+def cheapest(target: float, tries: list[Trial], ours_s: float) -> Pick | Missed:
     """The fastest of the settings, cheapest first, that reach the target; looks at three that do."""
     reached: list[Pick] = []
     longest = 0.0
-    for call in calls:
-        torch.manual_seed(0)
-        seconds, found = timed(call)
+    for trial in tries:
+        seconds, error = trial.outcome
         longest = max(longest, seconds)
-        if made.error(found) <= target:
-            reached.append(Pick(seconds, call))
+        if error <= target:
+            reached.append(Pick(seconds, trial.call))
         if len(reached) == 3 or seconds > _HOPELESS * ours_s + 0.2:
             break
     return min(reached, key=lambda pick: pick.seconds) if reached else Missed(longest)
 
 
-def measure(made: Case, target: float, repeats: int, every: bool) -> dict[str, object]:
+def measure(made: Case, target: float, repeats: int, rivals: Trials) -> dict[str, object]:
     """Our time, error and bound, and each rival's ratio to our time; the least of interleaved runs counts."""
     timed(lambda: ours(made, target))
     seconds, found = timed(lambda: ours(made, target))
     mine = [seconds]
-    tried = {name: cheapest(made, target, calls, seconds) for name, calls in settings(made, every).items() if calls}
+    tried = {name: cheapest(target, tries, seconds) for name, tries in rivals.items() if tries}
     picks = {name: pick for name, pick in tried.items() if isinstance(pick, Pick)}
     theirs = {name: [pick.seconds] for name, pick in picks.items()}
     for _ in range(max(repeats, min(_MOST, int(_ENOUGH / seconds)))):
@@ -87,11 +111,11 @@ def measure(made: Case, target: float, repeats: int, every: bool) -> dict[str, o
     }
 
 
-def at_our_error(made: Case, target: float, repeats: int) -> dict[str, object]:
+def at_our_error(made: Case, target: float, repeats: int, tries: list[Trial]) -> dict[str, object]:
     """``svd_lowrank`` once more, at the error that ours has instead of the target: its time over ours."""
     timed(lambda: ours(made, target))
     seconds, found = timed(lambda: ours(made, target))
-    pick = cheapest(made, max(made.error(found), _ROUNDING), settings(made, False)["svd_lowrank"], seconds)
+    pick = cheapest(max(made.error(found), _ROUNDING), tries, seconds)
     mine, theirs = [seconds], [pick.seconds]
     for _ in range(max(repeats, min(_MOST, int(_ENOUGH / seconds)))):
         if seconds < _LONG:

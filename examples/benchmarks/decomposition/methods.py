@@ -69,17 +69,16 @@ _ITERATIONS = (*range(10), 12, 16, 24, 32)
 OTHERS = ("sklearn", "lobpcg", "svds arpack", "svds propack", "svds lobpcg")
 
 
-def settings(made: Case, every: bool) -> dict[str, list[Callable[[], Triplets]]]:
+def settings(made: Case) -> dict[str, list[Callable[[], Triplets]]]:
     """Rivals with their settings, cheapest first; each is told ``k``."""
     k, most = made.k, min(made.W.shape)
     widths = sorted({min(most, k + extra) for extra in (6, max(12, k // 2), k + 10)})
     table: dict[str, list[Callable[[], Triplets]]] = {
         "svd_lowrank": [lambda q=q, i=i: lowrank(made, q, i) for i in _ITERATIONS for q in widths],
     }
-    if every:
-        table["sklearn"] = [lambda q=q, i=i: sklearn_randomized(made, q - k, i) for i in _ITERATIONS for q in widths]
-        table["lobpcg"] = [lambda i=i: lobpcg(made, i) for i in (5, 10, 20, 40)] if 3 * (k + 1) < most else []
-        for solver in ("arpack", "propack", "lobpcg"):
-            tolerances = (1e-1, 1e-2, 1e-4) if k < 100 else ()
-            table[f"svds {solver}"] = [lambda s=solver, t=t: scipy_svds(made, s, t) for t in tolerances]
+    table["sklearn"] = [lambda q=q, i=i: sklearn_randomized(made, q - k, i) for i in _ITERATIONS for q in widths]
+    table["lobpcg"] = [lambda i=i: lobpcg(made, i) for i in (5, 10, 20, 40)] if 3 * (k + 1) < most else []
+    for solver in ("arpack", "propack", "lobpcg"):
+        tolerances = (1e-1, 1e-2, 1e-4) if k < 100 else ()
+        table[f"svds {solver}"] = [lambda s=solver, t=t: scipy_svds(made, s, t) for t in tolerances]
     return table
