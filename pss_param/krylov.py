@@ -76,7 +76,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pss_param import onednn
 from pss_param.arithmetic import DEVICE, HOST
 from pss_param.blocks import INDEPENDENT, factor, gram, orthonormal
 from pss_param.core import Coordinates, Core, Ritz
@@ -382,10 +381,6 @@ class Krylov:
 
     def _project(self, block: Tensor) -> Tensor:
         """Take out of a block, in place, what the basis spans; the coordinates ``(..., f, b)`` of what was taken."""
-        if onednn.serves(self.basis, block.shape[-1]):
-            share = onednn.product(block.mT, self.basis)
-            block.sub_(onednn.product(share, self.basis.mT).mT)
-            return share.mT
         share = self.basis.mT @ block
         (block.addmm_ if block.dim() == 2 else block.baddbmm_)(self.basis, share, alpha=-1)
         return share

@@ -14,8 +14,8 @@ columns 6.0 and 3.5. Panels of a length that threads do not divide overlap by a 
 columns is the transpose of one stored by rows, so a strided view, such as the transpose of a wide weight, costs no more
 than the weight itself. Results have their columns contiguous, or their rows.
 
-All of this is about float64, small matrices, and CPUs without 512-bit registers: large float32 ones are another
-library's (Note [Two libraries] in :mod:`pss_param.onednn`), which shares them well from either side.
+Of large float32 matrices this is true where the CPU has no 512-bit registers, and of those with gaps between their
+rows. The others are another library's: Note [Two libraries] in :mod:`pss_param.onednn`.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def test_same_input_gives_same_bits_whatever_the_global_seed(global_random_state
     assert torch.equal(first.Vh, second.Vh)
 
 
-@pytest.mark.parametrize("shape", [(256, 64), (230, 256), (600, 400)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 64), (230, 256), (600, 400), (900, 800)], ids=str)
 def test_where_a_matrix_lies_in_memory_changes_no_bit(shape):
     W = with_spectrum(*shape, power(min(shape), 0.7)).float()
     if solver.on_gpu(W):
