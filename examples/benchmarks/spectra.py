@@ -5,9 +5,10 @@ Every cell is a shape, a spectrum and an error target. Matrices have known singu
 smoothed matrix is measured exactly. Each rival gets `k` for nothing and the cheapest settings that reach the target,
 found by trying; ours gets the target as `tol` and finds `k` itself, so its error is far below. `svd_lowrank` is then
 measured once more, with the cheapest settings that reach the error that ours has. Runs of a cell are interleaved; the
-least of each counts. A call of more than a second is not repeated, and a rival is given up when one call took ten times
-our time and a fifth of a second more without reaching the target. `svd_lowrank` is measured in every cell, the other
-rivals at 1e-3 up to the size of 2048 x 2048, `torch.linalg.svd` once, at 4096 x 4096.
+least of each counts. Settings are tried once a matrix, a call of more than a second is not repeated, and a rival is
+given up when one call took ten times our time and a fifth of a second more without reaching the target. `svd_lowrank`
+is measured in every cell, the other rivals at 1e-3 up to the size of 2048 x 2048, `torch.linalg.svd` once, at 4096 x
+4096.
 
     python examples/benchmarks/spectra.py                        # the whole grid: some 40 minutes on two cores
     python examples/benchmarks/spectra.py --shapes 512x512 --redo
@@ -42,6 +43,13 @@ FULL = "4096x4096"
 RIVAL = "svd_lowrank"
 _EVERY_RIVAL_UP_TO = 2048**2
 _WIDTH = 170
+
+
+def processor() -> str:
+    """What the numbers are of, and which of its registers torch uses."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def name(cell: dict) -> tuple[str, str, float]:
@@ -127,7 +135,7 @@ def main(
     grid = [(s, k, float(t)) for s in shapes.split(",") for k in spectra.split(",") for t in targets.split(",")]
     report = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"cells": []}
     if not only_report:
-        report["versions"] = f"torch {torch.__version__}, {platform.machine()}, {threads} threads"
+        report["versions"] = f"torch {torch.__version__}, {processor()}, {threads} threads"
         if redo:
             report["cells"] = [cell for cell in report["cells"] if name(cell) not in grid]
         fill(report, grid, repeats, out)
