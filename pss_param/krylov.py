@@ -197,6 +197,22 @@ class Krylov:
             return beside(known, self._gaussian(self._m, columns))
         return self.forth(beside(known, self._gaussian(self._n, columns)))
 
+    def drift(self, known: Tensor) -> float:
+        """What the matrix moves out of the span of directions known from before: two narrow passes.
+
+        Args:
+            known: orthonormal right directions ``V (n, r)`` of the matrix as it was given.
+
+        Returns:
+            An estimate of ``||(I - V V^T) W^T U||_F`` for ``U = W V / s``, where all ``s`` are about the same.
+        """
+        there, again = (self.back, self.forth) if self._wide else (self.forth, self.back)
+        mixed = known @ self._gaussian(known.shape[-1], _PROBES)
+        image = again(there(mixed.mT.contiguous().mT))
+        outside = image - known @ (known.mT @ image)
+        size = float(torch.linalg.vector_norm(image)) / math.sqrt(_PROBES * known.shape[-1])
+        return float(torch.linalg.vector_norm(outside)) / math.sqrt(_PROBES * max(size, 1e-30))
+
     def right_sketch(self, columns: int) -> Tensor:
         """Right directions to begin with: one pass.
 
@@ -415,6 +431,7 @@ def _drawn(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch
 
 
 _BLOCKS_AT_FIRST = 4
+_PROBES = 8
 _MENDABLE = 0.1  # of unit columns may be projected out of them and leave them independent
 _APART = 100  # rounding units
 _ROUNDS = 4

@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The first block of an iteration: a sketch no wider than what is wanted asks for."""
+r"""The first block of an iteration: a sketch no wider than what is wanted asks for.
+
+# Note [Stale directions]
+A start with ``r`` known directions makes every block as wide as these. If they are as good as the tolerance asks for,
+two passes show it; if not, a start without them is narrower, or soon leads to a Gram matrix. What ``W^T W`` makes of
+eight mixtures of known directions outside of their span tells which. Of 2048 x 2048 with 50 to 68 dominant values,
+moved by 1e-4 to 0.1 of its norm and asked for 1e-2 to 1e-4, a start with them took 0.07 to 0.35 of the time of one
+without where that drift was below 0.2 of the tolerance, but for one of 1.1, and 0.8 to 2.2 from 1 on, but for two of
+``S ~ j^-0.3`` (0.3 and 0.6); where at most 10 are known they always save time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +24,7 @@ from pss_param.krylov import Krylov, beside
 from pss_param.narrow import stays_narrow
 from pss_param.products import FULL_WIDTH, on_gpu
 
-__all__ = ["BLOCKS_THAT_PAY", "FirstBlock", "first_block", "narrowed", "starts_left", "tiles"]
+__all__ = ["BLOCKS_THAT_PAY", "FirstBlock", "first_block", "is_stale", "narrowed", "starts_left", "tiles"]
 
 BLOCKS_THAT_PAY = 8
 """An iteration takes about four blocks to show that it has converged. Where twice as many would fill the smaller side,
@@ -42,6 +51,21 @@ def starts_left(requests: list[Request], init: Tensor | None) -> bool:
         The answer.
     """
     return init is not None or not by_count(requests)
+
+
+def is_stale(krylov: Krylov, requests: list[Request], init: Tensor) -> bool:
+    """Whether a start without known directions costs less than one with them: Note [Stale directions].
+
+    Args:
+        krylov: the iteration that is to start, with a single matrix.
+        requests: what is wanted of it.
+        init: right directions known from before.
+
+    Returns:
+        The answer.
+    """
+    wide = init.shape[-1] + OVERSAMPLING > FULL_WIDTH and by_count(requests)
+    return wide and not on_gpu(init) and krylov.drift(init) > min(request.tol for request in requests)
 
 
 class FirstBlock(NamedTuple):

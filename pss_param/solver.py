@@ -63,7 +63,7 @@ from pss_param.passes import (
     growth_beyond,
 )
 from pss_param.products import FULL_WIDTH, on_gpu
-from pss_param.sketch import BLOCKS_THAT_PAY, FirstBlock, first_block, narrowed, starts_left, tiles
+from pss_param.sketch import BLOCKS_THAT_PAY, FirstBlock, first_block, is_stale, narrowed, starts_left, tiles
 from pss_param.whole import dense, dense_together, from_the_left, is_small_on_gpu
 
 # Up to here the whole spectrum costs less wherever the edge lies inside of a bulk, as in fresh and trained weights
@@ -173,8 +173,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     wanted = max((request.rank or 0) + OVERSAMPLING for request in requests)
     if (least <= _WHOLE_BELOW and not on_gpu(W)) or BLOCKS_THAT_PAY * wanted >= least:
         return _all_dense(W, scale, requests, seed)
-    if init is not None and init.shape[-1] * _WIDEST >= least:
-        init = None  # wider than the iteration may become
+    init = _useful(W, scale, requests, seed, init)
     if len(requests) == 1:  # without the batch dimension a product is a plain one, which is faster on a CPU
         init = None if init is None else init[0]
         krylov = Krylov(W[0], scale[0], seed)
@@ -199,6 +198,15 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     for i in left:
         found[i] = dense(W[i], scale[i], requests[i], seed, _directions(W[i], krylov, ritz, i, requests[i]))
     return [one for one in found.values() if one is not None]
+
+
+def _useful(W: Tensor, scale: Tensor, requests: list[Request], seed: int, init: Tensor | None) -> Tensor | None:
+    """Known directions, if a start with them may cost less than one without."""
+    if init is None or init.shape[-1] * _WIDEST >= min(W.shape[-2:]):  # wider than the iteration may become
+        return None
+    if len(requests) == 1 and is_stale(Krylov(W[0], scale[0], seed), requests, init[0]):
+        return None
+    return init
 
 
 def _all_dense(W: Tensor, scale: Tensor, requests: list[Request], seed: int) -> list[Found]:

@@ -121,9 +121,13 @@ def test_what_is_known_from_before_is_no_random_column(served):
     assert error_of(W, found) <= float(found.error) <= 1e-2
 
 
-def test_a_start_that_leads_nowhere_gives_way_to_a_narrow_block(served):
+@pytest.mark.parametrize("known", ["none of them", "others"])
+def test_a_start_that_leads_nowhere_gives_way_to_a_narrow_block(known, served):
     W = trained()
-    found = pss.dominant_directions(W, 25, tol=1e-3, init=torch.eye(SHAPE[1], 25).double())
+    others = torch.linalg.svd(W).Vh[40:65].mT  # W moves nothing out of their span
+    found = pss.dominant_directions(
+        W, 25, tol=1e-3, init=torch.eye(SHAPE[1], 25).double() if known != "others" else others
+    )
     assert served == [True]
     assert error_of(W, found) <= float(found.error) <= 1e-3
 

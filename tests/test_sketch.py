@@ -11,7 +11,7 @@ import torch
 import pss_param as pss
 from pss_param.certificate import OVERSAMPLING, Request
 from pss_param.krylov import Krylov, _drawn
-from pss_param.sketch import _guess, first_block, starts_left, tiles
+from pss_param.sketch import _guess, first_block, is_stale, starts_left, tiles
 from pss_param.spectrum import frobenius_norm
 
 
@@ -120,6 +120,43 @@ def test_known_directions_go_first_and_random_ones_fill_a_tile():
     assert squares is None
     assert starts_left([Request()], known)
     assert not starts_left([Request()], None)
+
+
+def moved(W, share):
+    return W + share * W.norm() * gaussian(*W.shape, seed=9) / math.sqrt(W.numel())
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)], ids=str)
+@pytest.mark.parametrize("share", [0.1, 1e-2, 1e-3])
+def test_the_drift_is_what_a_matrix_moves_out_of_a_span(shape, share):
+    W = with_values(torch.cat([torch.full((40,), 1.0), torch.linspace(0.5, 0.1, 200)]).double(), *shape)
+    known, W = torch.linalg.svd(W).Vh[:40].mT, moved(W, share)
+    image = W.mT @ (W @ known)
+    values = torch.linalg.vector_norm(W @ known, dim=0)
+    exact = torch.linalg.matrix_norm((image - known @ (known.mT @ image)) / values) / W.norm()
+    assert Krylov(W, W.norm(), 0).drift(known) == pytest.approx(float(exact), rel=0.2)
+
+
+@pytest.mark.parametrize(("share", "known", "request_", "stale"), [
+    (0.1, 40, Request(), True),
+    (0.0, 40, Request(), False),
+    (0.1, 10, Request(), False),
+    (0.1, 40, Request(level=0.1), False),
+    (0.1, 40, Request(tol=0.5), False),
+], ids=["moved", "the same", "few", "above a level", "hardly asked for more"])  # fmt: skip
+def test_what_is_known_is_stale_once_it_costs_more_than_a_sketch(share, known, request_, stale):
+    W = with_values(torch.cat([torch.full((40,), 1.0), torch.linspace(0.5, 0.1, 200)]).double())
+    init, W = torch.linalg.svd(W).Vh[:known].mT, moved(W, share)
+    assert is_stale(Krylov(W, W.norm(), 0), [request_], init) is stale
+
+
+def test_a_stale_start_is_a_cold_one():
+    W = with_values(torch.cat([torch.full((20,), 1.0), torch.linspace(0.1, 0.01, 270)]).double(), 300, 330)
+    known, W = torch.linalg.svd(W).Vh[:22].mT, moved(W, 0.1)
+    cold, warm = (pss.dominant_directions(W, 20, tol=1e-4, init=init) for init in (None, known))
+    assert torch.equal(cold.U, warm.U)
+    again = pss.dominant_directions(W, 20, tol=1e-4, init=cold.Vh.mT)
+    assert not torch.equal(cold.U, again.U)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
