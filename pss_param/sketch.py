@@ -6,8 +6,8 @@ A start with ``r`` known directions makes every block as wide as these. If they 
 two passes show it; if not, a start without them is narrower, or soon leads to a Gram matrix. What ``W^T W`` makes of
 eight mixtures of known directions outside of their span tells which. Of 2048 x 2048 with 50 to 68 dominant values,
 moved by 1e-4 to 0.1 of its norm and asked for 1e-2 to 1e-4, a start with them took 0.07 to 0.35 of the time of one
-without where that drift was below 0.2 of the tolerance, but for one of 1.1, and 0.8 to 2.2 from 1 on, but for two of
-``S ~ j^-0.3`` (0.3 and 0.6); where at most 10 are known they always save time.
+without where that drift was up to 0.3 of the tolerance, but for two of 1.1, and 1.02 to 2.2 from 0.4 on, but for
+``S ~ j^-0.3``, which took 0.3 to 0.8 up to 4. Where at most 10 are known they always save time.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ _SMALL = 1 << 18
 
 _LOOSE = 5e-3
 
+_FRESH = 0.5  # of the tolerance
+
 
 def starts_left(requests: list[Request], init: Tensor | None) -> bool:
     """Whether to start from left directions, which say more of what is unseen: of known ones, and behind a level.
@@ -65,7 +67,7 @@ def is_stale(krylov: Krylov, requests: list[Request], init: Tensor) -> bool:
         The answer.
     """
     wide = init.shape[-1] + OVERSAMPLING > FULL_WIDTH and by_count(requests)
-    return wide and not on_gpu(init) and krylov.drift(init) > min(request.tol for request in requests)
+    return wide and not on_gpu(init) and krylov.drift(init) > _FRESH * min(request.tol for request in requests)
 
 
 class FirstBlock(NamedTuple):

@@ -163,7 +163,7 @@ def solve_sharded(W: Matrix, norms: Tensor, request: Request, seed: int, init: T
         init = None  # wider than the matrix
     left = starts_left([request], init)
     _start(krylov, left, first_block(krylov, [request], init), [request])
-    ritz, verdicts = _iterate(krylov, [request], None, cold=not left)
+    ritz, verdicts = _iterate(_Run(krylov, [request], None, cold=not left))
     verdict = verdicts[0]
     return _leading(krylov, ritz, 0, verdict if verdict is not None else verdict_of(krylov, ritz, request))
 
@@ -189,7 +189,7 @@ def _solve_chunk(W: Tensor, scale: Tensor, requests: list[Request], seed: int, i
     widest = least // _WIDEST
     if on_gpu(W):  # what needs more columns than there is memory for goes on by itself
         widest = min(widest, _CUDA_WORKSPACE // (16 * len(requests) * sum(W.shape[1:])))
-    ritz, verdicts = _iterate(krylov, requests, widest, cold=not from_left)
+    ritz, verdicts = _iterate(_Run(krylov, requests, widest, cold=not from_left))
     if init is not None and None in verdicts and reaches(krylov, _ranks(ritz.S, requests)[0], widest, requests):
         # The block is as wide as what was known, which costs more than a narrow one that starts anew.
         return _solve_chunk(W, scale, requests, seed, None)
@@ -235,48 +235,87 @@ def _start(krylov: Krylov, left: bool, first: FirstBlock, requests: list[Request
         krylov.widen(first.spare[:, : tiles(needed) - krylov.random_columns])
 
 
-def _iterate(
-    krylov: Krylov, requests: list[Request], widest: int | None, cold: bool
-) -> tuple[Ritz, list[Verdict | None]]:
+class _Run(NamedTuple):
+    """An iteration, and what it is for; ``widest`` columns may its basis have, as many as it takes if there is none."""
+
+    krylov: Krylov
+    requests: list[Request]
+    widest: int | None
+    cold: bool
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its block need not be as wide as what is wanted."""
+        return self.cold and self.widest is not None and stays_narrow(self.krylov, self.requests)
+
+
+class _Look(NamedTuple):
+    """What a basis holds, and what that amounts to."""
+
+    ritz: Ritz
+    verdicts: list[Verdict]
+
+    @property
+    def wanted(self) -> int:
+        """Columns that a block is to have."""
+        return max(verdict.k for verdict in self.verdicts) + OVERSAMPLING
+
+    @property
+    def enough(self) -> list[Verdict | None]:
+        """The verdicts that are final."""
+        return [verdict if verdict.enough else None for verdict in self.verdicts]
+
+    def up_to(self, k: int) -> list[Verdict | None]:
+        """Those of no more than ``k`` values."""
+        return [verdict if verdict is not None and verdict.k <= k else None for verdict in self.enough]
+
+
+def _iterate(run: _Run) -> tuple[Ritz, list[Verdict | None]]:
     """Run until every matrix has its verdict; ``None`` for those that need a basis wider than ``widest``."""
-    counted = by_count(requests)
+    krylov, requests, widest, cold = run
     if cold:
         _advance_unseen(krylov, requests, widest)
     before, passes = math.inf, 0
     while True:
         ritz = krylov.ritz()
-        verdicts = verdicts_of(krylov, ritz, requests)
-        wanted = max(verdict.k for verdict in verdicts) + OVERSAMPLING
-        enough = [verdict if verdict.enough else None for verdict in verdicts]
-        if krylov.complete or (wanted <= krylov.random_columns and all(enough)):
-            return ritz, enough
+        look = _Look(ritz, verdicts_of(krylov, ritz, requests))
+        if krylov.complete or (look.wanted <= krylov.random_columns and all(look.enough)):
+            return ritz, look.enough
         too_wide = widest is not None and _too_wide(krylov, ritz, requests, widest)
-        if cold and widest is not None and stays_narrow(krylov, requests):
-            if krylov.random_columns >= FULL_WIDTH and (too_wide or wanted > krylov.random_columns):
-                ritz, verdict = deepen(krylov, requests[0], widest, (ritz, verdicts[0]))
-                return ritz, [verdict]
-            wanted = min(wanted, FULL_WIDTH)
+        if widest is not None and run.narrow and _goes_deep(krylov, look, too_wide):
+            ritz, verdict = deepen(krylov, requests[0], widest, (ritz, look.verdicts[0]))
+            return ritz, [verdict]
         if too_wide:
-            return ritz, enough
-        missing = wanted - krylov.random_columns
-        fresh = max(0, missing - krylov.young_columns)
-        fresh = tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
-        worst = max(verdict.error / request.tol for verdict, request in zip(verdicts, requests, strict=True))
+            return ritz, look.enough
+        missing = (min(look.wanted, FULL_WIDTH) if run.narrow else look.wanted) - krylov.random_columns
+        worst = max(verdict.error / request.tol for verdict, request in zip(look.verdicts, requests, strict=True))
         first = cold and passes == 0
-        leap = _first_leap(krylov, ritz, verdicts, worst) if first else after_later_look(worst, before, passes)
-        before, passes = worst, leap if counted and missing <= 0 else max(2, leap // 2 * 2)
-        for i in range(passes):
-            if not krylov.reached:
-                krylov.advance()
-                continue
-            wider = krylov.rank + krylov.next_columns + fresh
-            if krylov.complete or (i and widest is not None and wider > widest):
-                break
-            if widest is not None and wider > max(widest, krylov.rank):
-                mature = krylov.random_columns - OVERSAMPLING
-                return ritz, [verdict if verdict.enough and verdict.k <= mature else None for verdict in verdicts]
-            krylov.advance(fresh)
-            fresh = 0
+        leap = _first_leap(krylov, ritz, look.verdicts, worst) if first else after_later_look(worst, before, passes)
+        before, passes = worst, leap if by_count(requests) and missing <= 0 else max(2, leap // 2 * 2)
+        if not _advance(krylov, passes, missing, widest):
+            return ritz, look.up_to(krylov.random_columns - OVERSAMPLING)
+
+
+def _goes_deep(krylov: Krylov, look: _Look, too_wide: bool) -> bool:
+    return krylov.random_columns >= FULL_WIDTH and (too_wide or look.wanted > krylov.random_columns)
+
+
+def _advance(krylov: Krylov, passes: int, missing: int, widest: int | None) -> bool:
+    """So many passes, with random columns for those that are missing; no if the basis may not become as wide."""
+    fresh = max(0, missing - krylov.young_columns)
+    fresh = tiles(krylov.next_columns + fresh) - krylov.next_columns if fresh else 0
+    for i in range(passes):
+        if not krylov.reached:
+            krylov.advance()
+            continue
+        wider = krylov.rank + krylov.next_columns + fresh
+        if krylov.complete or (i and widest is not None and wider > widest):
+            break
+        if widest is not None and wider > max(widest, krylov.rank):
+            return False
+        krylov.advance(fresh)
+        fresh = 0
+    return True
 
 
 def _advance_unseen(krylov: Krylov, requests: list[Request], widest: int | None) -> None:

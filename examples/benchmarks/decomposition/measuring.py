@@ -19,7 +19,7 @@ from .methods import full, ours, settings
 _HOPELESS = 10.0
 """A rival is given up when a call took so many times our time, and a fifth of a second more, and missed the target."""
 
-_MOST, _ENOUGH = 30, 0.1
+_MOST, _ENOUGH = 300, 0.5
 """Short calls are repeated up to so many times, or for so many seconds of ours."""
 
 _ROUNDING = 1e-6
