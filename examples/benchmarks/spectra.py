@@ -10,7 +10,7 @@ given up when one call took ten times our time and a fifth of a second more with
 is measured in every cell, the other rivals at 1e-3 up to the size of 2048 x 2048, `torch.linalg.svd` once, at 4096 x
 4096.
 
-    python examples/benchmarks/spectra.py                        # the whole grid: some 40 minutes on two cores
+    python examples/benchmarks/spectra.py                        # the whole grid: some 45 minutes on two cores
     python examples/benchmarks/spectra.py --shapes 512x512 --redo
     python examples/benchmarks/spectra.py --layer                # one layer of Llama-2-7B's shapes too
     python examples/benchmarks/spectra.py --model                # only all its layers, on a GPU of 40 GB or more
