@@ -201,16 +201,17 @@ class Krylov:
         """What the matrix moves out of the span of directions known from before: two narrow passes.
 
         Args:
-            known: orthonormal right directions ``V (n, r)`` of the matrix as it was given.
+            known: right directions of the matrix as it was given, ``(n, r)``, of which ``V`` is a basis.
 
         Returns:
             An estimate of ``||(I - V V^T) W^T U||_F`` for ``U = W V / s``, where all ``s`` are about the same.
         """
         there, again = (self.back, self.forth) if self._wide else (self.forth, self.back)
-        mixed = known @ self._gaussian(known.shape[-1], _PROBES)
+        V = orthonormal(known)
+        mixed = V @ self._gaussian(V.shape[-1], _PROBES)
         image = again(there(mixed.mT.contiguous().mT))
-        outside = image - known @ (known.mT @ image)
-        size = float(torch.linalg.vector_norm(image)) / math.sqrt(_PROBES * known.shape[-1])
+        outside = image - V @ (V.mT @ image)
+        size = float(torch.linalg.vector_norm(image)) / math.sqrt(_PROBES * V.shape[-1])
         return float(torch.linalg.vector_norm(outside)) / math.sqrt(_PROBES * max(size, 1e-30))
 
     def right_sketch(self, columns: int) -> Tensor:

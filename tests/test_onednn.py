@@ -149,6 +149,7 @@ def test_full_precision_whatever_the_program_has_set(asked):
         torch.set_float32_matmul_precision(before)
     assert torch.equal(loose.S, plain.S)
     assert torch.equal(loose.U, plain.U)
+    assert asked
     assert {call.precision for call in asked} <= {"ieee", "none"}
 
 

@@ -150,11 +150,22 @@ def test_what_is_known_is_stale_once_it_costs_more_than_a_sketch(share, known, r
     assert is_stale(Krylov(W, W.norm(), 0), [request_], init) is stale
 
 
-def test_a_stale_start_is_a_cold_one():
-    W = with_values(torch.cat([torch.full((20,), 1.0), torch.linspace(0.1, 0.01, 270)]).double(), 300, 330)
+@pytest.mark.parametrize("change", ["none", "longer", "mixed"])
+def test_the_drift_is_that_of_a_span(change):
+    W = with_values(torch.cat([torch.full((40,), 1.0), torch.linspace(0.5, 0.1, 200)]).double())
+    known = torch.linalg.svd(W).Vh[:40].mT
+    other = {"none": known, "longer": 1e3 * known, "mixed": known @ gaussian(40, 40, seed=3)}[change]
+    assert Krylov(W, W.norm(), 0).drift(other) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(300, 330), (600, 700)], ids=str)
+def test_a_stale_start_is_a_cold_one(shape):
+    rest = torch.linspace(0.1, 0.01, min(shape) - 30)
+    W = with_values(torch.cat([torch.full((20,), 1.0), rest]).double(), *shape)
     known, W = torch.linalg.svd(W).Vh[:22].mT, moved(W, 0.1)
     cold, warm = (pss.dominant_directions(W, 20, tol=1e-4, init=init) for init in (None, known))
     assert torch.equal(cold.U, warm.U)
+    assert bool(cold.converged)
     again = pss.dominant_directions(W, 20, tol=1e-4, init=cold.Vh.mT)
     assert not torch.equal(cold.U, again.U)
 

@@ -138,6 +138,8 @@ def main(
         report["versions"] = f"torch {torch.__version__}, {processor()}, {threads} threads"
         if redo:
             report["cells"] = [cell for cell in report["cells"] if name(cell) not in grid]
+            if FULL in shapes.split(","):
+                report.pop("full_svd", None)
         fill(report, grid, repeats, out)
         if with_layer:
             report["layer"] = layer(1e-2, threads)

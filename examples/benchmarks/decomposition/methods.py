@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from scipy.sparse.linalg import svds
+from sklearn.utils.extmath import randomized_svd
 
 import pss_param as pss
 
@@ -56,8 +58,6 @@ def lobpcg(made: Case, niter: int) -> Triplets:
 
 def scipy_svds(made: Case, solver: str, tol: float) -> Triplets:
     """``scipy.sparse.linalg.svds``."""
-    from scipy.sparse.linalg import svds
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lobpcg says at length what it did not reach; we measure it
         U, S, Vh = svds(made.W.numpy(), k=made.k + 1, solver=solver, tol=tol, rng=0)
@@ -67,8 +67,6 @@ def scipy_svds(made: Case, solver: str, tol: float) -> Triplets:
 
 def sklearn_randomized(made: Case, extra: int, niter: int) -> Triplets:
     """``sklearn.utils.extmath.randomized_svd``."""
-    from sklearn.utils.extmath import randomized_svd
-
     U, S, Vh = (
         torch.from_numpy(x)
         for x in randomized_svd(made.W.numpy(), made.k + 1, n_oversamples=extra, n_iter=niter, random_state=0)
